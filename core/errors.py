@@ -1,0 +1,150 @@
+"""Every error this service raises on purpose.
+
+    ShadowError
+    ├── InvalidInput            400  a value, a field or a file that cannot be used
+    │   ├── InvalidDataset           rows that cannot be trained on
+    │   └── PairRefused              two models that cannot be grafted, with every reason
+    ├── AuthenticationFailed    401
+    ├── PermissionDenied        403
+    ├── NotFound                404
+    ├── Conflict                409  the thing exists, but its state forbids the act
+    ├── TooLarge                413
+    ├── Unavailable             503  a part that this needs is away; trying again helps
+    ├── StepFailed                   a job's step ended badly; carries a Cause
+    └── LeaseLost                    another worker may own the job by now: stop, write nothing
+
+An error names the thing, the value found and the remedy. `code` is stable: clients may test for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+Fault = Literal["user", "memory", "infrastructure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cause:
+    """Why a job failed, in words for its owner."""
+
+    code: str
+    #: One sentence.
+    message: str
+    #: What to do about it; empty when there is nothing to do.
+    hint: str = ""
+    #: Whether the same job may succeed when run again unchanged.
+    retryable: bool = False
+    fault: Fault = "user"
+    #: The request field at fault, when one is.
+    param: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class ShadowError(Exception):
+    """The root. `status` is the HTTP status that the API answers with."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str] = "internal_error"
+    fault: ClassVar[Fault] = "infrastructure"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code or self.default_code
+        self.param = param
+        self.hint = hint
+
+    @property
+    def cause(self) -> Cause:
+        return Cause(
+            code=self.code,
+            message=self.message,
+            hint=self.hint,
+            retryable=self.retryable,
+            fault=self.fault,
+            param=self.param,
+        )
+
+
+class InvalidInput(ShadowError):
+    status = 400
+    type = "invalid_request_error"
+    default_code = "invalid_value"
+    fault = "user"
+
+
+class InvalidDataset(InvalidInput):
+    default_code = "invalid_training_file"
+
+
+class PairRefused(InvalidInput):
+    """`reasons` holds every finding, so that nobody mends one only to meet the next."""
+
+    default_code = "pair_refused"
+
+    def __init__(self, reasons: list[str], *, param: str | None = "model") -> None:
+        super().__init__("These two models cannot be grafted: " + "; ".join(reasons), param=param)
+        self.reasons = reasons
+
+
+class AuthenticationFailed(ShadowError):
+    status = 401
+    type = "invalid_request_error"
+    default_code = "invalid_api_key"
+    fault = "user"
+
+
+class PermissionDenied(ShadowError):
+    status = 403
+    type = "permission_error"
+    default_code = "permission_denied"
+    fault = "user"
+
+
+class NotFound(ShadowError):
+    status = 404
+    type = "invalid_request_error"
+    default_code = "not_found"
+    fault = "user"
+
+
+class Conflict(ShadowError):
+    status = 409
+    type = "invalid_request_error"
+    default_code = "conflict"
+    fault = "user"
+
+
+class TooLarge(ShadowError):
+    status = 413
+    type = "invalid_request_error"
+    default_code = "too_large"
+    fault = "user"
+
+
+class Unavailable(ShadowError):
+    status = 503
+    default_code = "unavailable"
+    retryable = True
+
+
+class StepFailed(ShadowError):
+    """A step's child ended without its completion mark."""
+
+    def __init__(self, cause: Cause) -> None:
+        super().__init__(cause.message, code=cause.code, param=cause.param, hint=cause.hint)
+        self._cause = cause
+
+    @property
+    def cause(self) -> Cause:
+        return self._cause
+
+
+class LeaseLost(ShadowError):
+    default_code = "lease_lost"
+    retryable = True

@@ -1,0 +1,109 @@
+"""JobSpec: a job with nothing left to decide.
+
+Admission makes it once from what the client sent; the job's row keeps it; the steps read it from `job.json`. It holds
+no secret and no database id that a step would have to look up.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Strategy = Literal["shadow", "direct"]
+TuningType = Literal["lora", "full"]
+Scope = Literal["linear", "all"]
+JobKind = Literal["fine_tune", "graft"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSource(_Frozen):
+    """Where one model comes from: a folder of this machine, or a Hub repository pinned to a commit."""
+
+    kind: Literal["local", "hub"]
+    #: An absolute folder (local), or `owner/name` (hub).
+    location: str
+    #: The commit hash (hub), or None (local).
+    revision: str | None = None
+
+
+class PairSource(_Frozen):
+    name: str
+    base: ModelSource
+    instruct: ModelSource
+
+
+class DataSource(_Frozen):
+    file_id: str
+    filename: str
+    storage_key: str
+    sha256: str
+
+
+class Tuning(_Frozen):
+    type: TuningType
+    n_epochs: int
+    #: Rows per optimizer step.
+    batch_size: int
+    learning_rate: float
+    lr_scheduler: Literal["cosine", "linear", "constant"]
+    #: Share of all steps over which the rate rises from zero.
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    #: Tokens; longer rows are cut at the end.
+    max_length: int
+    #: `bfloat16` means autocast over float32 trainable weights; `auto` is bfloat16 on a GPU and float32 on a CPU.
+    precision: Literal["auto", "float32", "bfloat16"]
+    #: LoRA only; zero for full tuning.
+    rank: int
+    alpha: int
+    dropout: float
+
+
+class Graft(_Frozen):
+    scale: float
+    scope: Scope
+
+
+class Evaluation(_Frozen):
+    #: Scales to graft and measure besides the one that is published.
+    scales: tuple[float, ...]
+    #: `auto`: only where every reference answer is short enough to be generated cheaply.
+    exact_match: Literal["auto", "on", "off"]
+    max_rows: int
+    max_new_tokens: int
+    #: Named sets of rows that show what must survive the tuning.
+    probes: dict[str, DataSource]
+
+
+class JobSpec(_Frozen):
+    version: Literal[1] = 1
+    job_id: str
+    kind: JobKind
+    strategy: Strategy
+    pair: PairSource
+    training: DataSource
+    #: None: a share of the training rows is held out.
+    validation: DataSource | None
+    #: Share of the training rows that is held out when `validation` is None.
+    holdout_ratio: Annotated[float, Field(ge=0, lt=1)]
+    seed: int
+    tuning: Tuning
+    graft: Graft
+    evaluation: Evaluation
+    fine_tuned_model: str
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Every scale to graft, the published one first, none twice."""
+        extra = [scale for scale in self.evaluation.scales if scale != self.graft.scale]
+        return (self.graft.scale, *dict.fromkeys(extra)) if self.strategy == "shadow" else (1.0,)
+
+    @property
+    def start(self) -> ModelSource:
+        """The model that is tuned: base for Shadow-FT, instruct for direct tuning."""
+        return self.pair.base if self.strategy == "shadow" else self.pair.instruct
