@@ -1,13 +1,13 @@
 """The names of every file in a job's folder.
 
-    job.json            JobSpec
-    inputs/             training, validation, probes/NAME; base and instruct are links, never copies
-    train/              adapter/ (LoRA) or model/ (full), metrics.jsonl, result.json
-    graft/SCALE/        one model folder for each scale
-    evaluate/           report.json, report.md
-    logs/STEP.log       what a step printed
-    STEP/failure.json   why a step gave up, when it knows
-    STEP/done.json      the completion mark, written last: a step that has one is not run again
+job.json            JobSpec
+inputs/             training, validation, probes/NAME; base and instruct are links, never copies
+train/              adapter/ (LoRA) or model/ (full), metrics.jsonl, result.json
+graft/SCALE/        one model folder for each scale
+evaluate/           report.json, report.md
+logs/STEP.log       what a step printed
+STEP/failure.json   why a step gave up, when it knows
+STEP/done.json      the completion mark, written last: a step that has one is not run again
 """
 
 from __future__ import annotations

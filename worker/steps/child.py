@@ -82,6 +82,7 @@ def _own_stdout() -> io.RawIOBase:
 
 def _obey_lease() -> None:
     """Set the alarm anew at each line of stdin; SIGALRM is not handled, so the kernel ends the process."""
-    for line in sys.stdin.buffer:
+    # Unbuffered: a thread that waits inside a buffered reader holds its lock and makes the interpreter abort at exit.
+    for line in io.FileIO(sys.stdin.fileno(), closefd=False):
         signal.setitimer(signal.ITIMER_REAL, float(line))
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,102 @@
+"""What handlers ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import Depends, Query, Request
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy.orm import Session
+
+from core.config import Settings
+from core.db import Database
+from core.errors import InvalidInput, NotFound, PermissionDenied
+from core.keys import Caller
+from core.storage import Storage
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the app was built with."""
+
+    settings: Settings
+    database: Database
+    storage: Storage
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+def _admin(request: Request) -> Caller:
+    caller = _caller(request)
+    if not caller.is_admin:
+        raise PermissionDenied("This needs an admin's key; make one with: shadowft keys create --admin")
+    return caller
+
+
+ServiceDep = Annotated[Service, Depends(_service)]
+CallerDep = Annotated[Caller, Depends(_caller)]
+AdminDep = Annotated[Caller, Depends(_admin)]
+
+After = Annotated[str | None, Query(description="The id of the last item of the page before.")]
+
+
+class StrictModel(BaseModel):
+    """A request's body: no unknown field, no value of another type taken for the right one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Page(BaseModel):
+    """A cursor page, newest first. Ask for the next one with `after` = `last_id` while `has_more`."""
+
+    object: Literal["list"] = "list"
+    data: list[Any]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+def page(items: list[Any], limit: int) -> dict[str, Any]:
+    """A page from `limit + 1` rendered items, the last of which only tells whether there are more."""
+    shown = items[:limit]
+    return {
+        "object": "list",
+        "data": shown,
+        "has_more": len(items) > limit,
+        "first_id": shown[0]["id"] if shown else None,
+        "last_id": shown[-1]["id"] if shown else None,
+    }
+
+
+def owned(session: Session, table: type[Row], item_id: str, caller: Caller, *, what: str, code: str) -> Row:
+    """The caller's row. Another team's is as absent as one that never was."""
+    row = session.get(table, item_id)
+    if row is None or row.team_id != caller.team_id:  # type: ignore[attr-defined]  # every owned table has one
+        raise NotFound(f"No such {what}: {item_id[:100]!r}.", code=code)
+    return row
+
+
+def cursor(session: Session, table: type[Row], item_id: str | None, caller: Caller) -> Row | None:
+    """The row that `after` names; an unknown one is an error, not an empty page."""
+    if item_id is None:
+        return None
+    row = session.get(table, item_id)
+    if row is None or row.team_id != caller.team_id:  # type: ignore[attr-defined]  # as above
+        raise InvalidInput(f"The cursor 'after' names nothing in this list: {item_id[:100]!r}.", param="after")
+    return row
+
+
+def timestamp(moment: Any) -> int | None:
+    """Unix seconds, as the contract wants them."""
+    return None if moment is None else int(moment.timestamp())

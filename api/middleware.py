@@ -1,0 +1,104 @@
+"""Around every request: an id, a log line, a limit on the body, and an answer even where a handler breaks."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import error_response
+from core.errors import ShadowError, TooLarge
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+#: The only path whose body may be large; it counts for itself.
+UPLOAD_PATH = "/v1/files"
+
+log = structlog.get_logger("api")
+
+
+class RequestFrame:
+    """Outermost, so that errors of every layer below carry the id and the shape that the contract promises."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        started = time.perf_counter()
+        status = 0
+
+        async def send_framed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                answer = MutableHeaders(scope=message)
+                answer["x-request-id"] = request_id
+                answer["openai-processing-ms"] = str(round((time.perf_counter() - started) * 1000))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_framed)
+        except Exception:  # the last line: the client gets an answer, the log gets the traceback
+            log.exception("request_crashed", method=scope["method"], path=scope["path"])
+            if status == 0:
+                await error_response(_crash(request_id))(scope, receive, send_framed)
+        finally:
+            log.info(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                ms=round((time.perf_counter() - started) * 1000, 1),
+                retry=headers.get("x-stainless-retry-count"),
+            )
+            structlog.contextvars.unbind_contextvars("request_id")
+
+
+class BodyLimit:
+    """No body of more than `max_bytes`, whether it says so or not; an upload counts its own."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].rstrip("/") == UPLOAD_PATH:
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            await error_response(self._too_large())(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        await self._app(scope, receive_limited, send)
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(f"The body is larger than {self._max_bytes:,} bytes.")
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+
+
+def _crash(request_id: str) -> ShadowError:
+    return ShadowError(f"The server met an unexpected error. Its operator finds it in the log under {request_id}.")

@@ -1,0 +1,84 @@
+"""What a job published: one artifact is one file; a model is downloaded by its list."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from fastapi.responses import FileResponse
+from pydantic import BaseModel
+from sqlalchemy import select
+
+from api.deps import After, CallerDep, Page, ServiceDep, cursor, owned, page, timestamp
+from api.routes.jobs import own_job
+from core.models import Artifact
+
+router = APIRouter(tags=["Artifacts"])
+
+Kind = Literal["model", "adapter", "delta", "report", "metrics", "card"]
+
+
+class ArtifactObject(BaseModel):
+    id: str
+    object: Literal["artifact"] = "artifact"
+    job_id: str
+    kind: Kind
+    #: Relative to the download's folder: `model/config.json`.
+    path: str
+    bytes: int
+    sha256: str
+    created_at: int
+
+
+def _render(artifact: Artifact) -> dict[str, Any]:
+    return {
+        "id": artifact.id,
+        "object": "artifact",
+        "job_id": artifact.job_id,
+        "kind": artifact.kind,
+        "path": artifact.path,
+        "bytes": artifact.bytes,
+        "sha256": artifact.sha256,
+        "created_at": timestamp(artifact.created_at),
+    }
+
+
+@router.get("/fine_tuning/jobs/{job_id}/artifacts", response_model=Page)
+def list_artifacts(
+    job_id: str,
+    caller: CallerDep,
+    service: ServiceDep,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    kind: Kind | None = None,
+) -> dict[str, Any]:
+    """The files that the job published, newest first. Empty until the job has succeeded."""
+    with service.database.reading() as session:
+        own_job(session, job_id, caller)
+        last = cursor(session, Artifact, after, caller)
+        query = select(Artifact).where(Artifact.job_id == job_id).order_by(Artifact.id.desc()).limit(limit + 1)
+        if kind is not None:
+            query = query.where(Artifact.kind == kind)
+        if last is not None:
+            query = query.where(Artifact.id < last.id)
+        return page([_render(artifact) for artifact in session.scalars(query)], limit)
+
+
+@router.get("/artifacts/{artifact_id}", response_model=ArtifactObject)
+def retrieve_artifact(artifact_id: str, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
+    """One artifact's size and hash."""
+    with service.database.reading() as session:
+        return _render(owned(session, Artifact, artifact_id, caller, what="artifact", code="artifact_not_found"))
+
+
+@router.get("/artifacts/{artifact_id}/content", response_class=FileResponse)
+def artifact_content(artifact_id: str, caller: CallerDep, service: ServiceDep) -> FileResponse:
+    """The artifact's bytes. `Range` is understood; `ETag` is the sha256."""
+    with service.database.reading() as session:
+        artifact = owned(session, Artifact, artifact_id, caller, what="artifact", code="artifact_not_found")
+    return FileResponse(
+        service.storage.path(artifact.storage_key),
+        media_type="application/octet-stream",
+        filename=artifact.path.rpartition("/")[2],
+        headers={"etag": f'"{artifact.sha256}"', "x-checksum-sha256": artifact.sha256},
+    )

@@ -1,0 +1,81 @@
+"""`shadowft keys` and `shadowft teams`: straight to the database, for whoever may read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from core.config import get_settings
+from core.db import open_database
+from core.keys import DEFAULT_TEAM, create_key, create_team, find_team, revoke_key
+from core.models import ApiKey, Team
+from core.schema import prepare
+
+keys = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
+teams = typer.Typer(no_args_is_help=True, help="Make and list teams.")
+
+
+@contextmanager
+def _session() -> Iterator[Session]:
+    settings = get_settings()
+    prepare(settings)
+    database = open_database(settings)
+    with database.writing() as session:
+        yield session
+        session.commit()
+
+
+@keys.command("create")
+def create(
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    team: Annotated[str, typer.Option(help="The team whose files and jobs it opens.")] = DEFAULT_TEAM,
+    admin: Annotated[bool, typer.Option("--admin", help="It may also register pairs.")] = False,
+) -> None:
+    """Make a key and print it. It is shown once."""
+    with _session() as session:
+        _, text = create_key(session, find_team(session, team), name=name, is_admin=admin)
+    typer.echo(text)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """List all keys, without their secrets."""
+    table = Table("id", "team", "name", "admin", "created", "revoked")
+    with _session() as session:
+        for key, team in session.execute(select(ApiKey, Team.name).join(Team).order_by(ApiKey.created_at)).tuples():
+            revoked = f"{key.revoked_at:%F %T}" if key.revoked_at else ""
+            table.add_row(key.id, team, key.name, "yes" if key.is_admin else "", f"{key.created_at:%F %T}", revoked)
+    Console().print(table)
+
+
+@keys.command("revoke")
+def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
+    """End a key. Every process refuses it within five seconds."""
+    with _session() as session:
+        revoke_key(session, key_id)
+    typer.echo(f"{key_id} is revoked.")
+
+
+@teams.command("create")
+def create_a_team(name: str) -> None:
+    """Make a team."""
+    with _session() as session:
+        team = create_team(session, name)
+    typer.echo(team.id)
+
+
+@teams.command("list")
+def list_teams() -> None:
+    """List all teams."""
+    table = Table("id", "name", "created")
+    with _session() as session:
+        for team in session.scalars(select(Team).order_by(Team.created_at)):
+            table.add_row(team.id, team.name, f"{team.created_at:%F %T}")
+    Console().print(table)

@@ -1,0 +1,139 @@
+"""`shadowft serve`: one process that keeps three others running, and `shadowft api`, one of them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from types import FrameType
+
+import structlog
+import uvicorn
+
+from core.config import Settings, get_settings
+from core.logs import configure_logging
+from core.schema import prepare
+
+#: A process that died is started again after this long, doubled each time up to the maximum.
+RESTART_SECONDS = 0.5
+MAX_RESTART_SECONDS = 30.0
+#: One that has run this long counts as healthy again.
+HEALTHY_SECONDS = 60.0
+#: How long the processes may take to end before they are killed; a worker ends its children first.
+STOP_SECONDS = 40.0
+
+_PR_SET_PDEATHSIG = 1
+
+log = structlog.get_logger("serve")
+
+
+def run_api() -> None:
+    settings = get_settings()
+    _announce_key(settings)
+    uvicorn.run(
+        "api.app:create_app",
+        factory=True,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+
+
+def _announce_key(settings: Settings) -> None:
+    configure_logging(settings)
+    key_file = prepare(settings)
+    if key_file:
+        log.info("admin_key_written", file=str(key_file))
+
+
+@dataclass
+class Part:
+    """One of the processes, and when to start it (again)."""
+
+    name: str
+    arguments: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    start_at: float = 0.0
+    delay: float = RESTART_SECONDS
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "cli", *self.arguments]
+        # A group of its own, so that Ctrl-C reaches only this supervisor, which then stops them in order.
+        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)
+        self.started = time.monotonic()
+
+    def watch(self) -> None:
+        """Notice that it died and plan its next start."""
+        if self.process is None or self.process.poll() is None:
+            return
+        if time.monotonic() - self.started > HEALTHY_SECONDS:
+            self.delay = RESTART_SECONDS
+        log.warning("process_died", name=self.name, status=self.process.returncode, again_in_seconds=self.delay)
+        self.process, self.start_at = None, time.monotonic() + self.delay
+        self.delay = min(self.delay * 2, MAX_RESTART_SECONDS)
+
+
+@dataclass
+class Supervisor:
+    parts: list[Part]
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> int:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+        try:
+            while not self.stopping.wait(0.2):
+                self._tick()
+        finally:
+            self._end_all()
+        return 0
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopping.set()
+
+    def _tick(self) -> None:
+        for part in self.parts:
+            part.watch()
+            if part.process is None and time.monotonic() >= part.start_at:
+                part.start()
+
+    def _end_all(self) -> None:
+        living = [part.process for part in self.parts if part.process is not None]
+        for process in living:
+            process.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        for process in living:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def serve() -> int:
+    settings = get_settings()
+    _announce_key(settings)
+    log.info("serving", url=f"http://{settings.host}:{settings.port}", docs="/docs", data=str(settings.data_dir))
+    return Supervisor(
+        [
+            Part("api", ["api"]),
+            Part("worker jobs", ["worker", "--queue", "jobs"]),
+            Part("worker light", ["worker", "--queue", "light"]),
+        ]
+    ).run()
+
+
+def _die_with_parent() -> None:
+    """In the new process, before it runs: end it when this supervisor is killed outright."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,417 @@
+"""What a model folder holds, read from its config, its index and its safetensors headers; never from its weights.
+
+The headers are parsed here and not by a library because this is the gate for files of strangers: a name that stands
+twice, a gap, an overlap or a cut file must be refused with a sentence that says where, and the API must be able to do
+it with neither torch nor safetensors installed. Pickles are never opened. A safetensors file is: 8 bytes little-endian
+header length, the header as JSON, then the tensors without a gap
+(https://huggingface.co/docs/safetensors/index#format).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import InvalidInput, ShadowError, Unavailable
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+#: Bytes of one element. Types narrower than a byte exist in the format, but only in quantised models.
+DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+
+#: The format's own limit.
+MAX_HEADER_BYTES = 100_000_000
+_LENGTH_BYTES = 8
+
+_HUB_TIMEOUT_SECONDS = 20.0
+_HUB_THREADS = 8
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies. `start` and `end` count bytes from the beginning of the file, not of its data part."""
+
+    name: str
+    #: The format's word, such as `BF16`.
+    dtype: str
+    shape: tuple[int, ...]
+    #: A file name in the checkpoint's folder.
+    file: str
+    start: int
+    end: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype.startswith(("F", "BF"))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    #: A folder, or `owner/name@revision`.
+    location: str
+    config: dict[str, Any]
+    #: By name, in the order of the files and of their headers.
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of a multimodal config, the whole config of any other."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(info.file for info in self.tensors.values()))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether an index names the files."""
+        return self.files != (SINGLE_FILE,)
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(info.elements for info in self.tensors.values() if info.is_float)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Every dtype, the one of most elements first."""
+        elements: Counter[str] = Counter()
+        for info in self.tensors.values():
+            elements[info.dtype] += info.elements
+        return tuple(dtype for dtype, _ in elements.most_common())
+
+    @property
+    def layer_count(self) -> int | None:
+        """Layers of the language model; None where the config does not say."""
+        stated = (self.text_config.get(key) for key in ("num_hidden_layers", "n_layer", "num_layers"))
+        return next((count for count in stated if isinstance(count, int)), None)
+
+
+@dataclass(frozen=True)
+class AdapterHeader:
+    """A PEFT adapter without its weights."""
+
+    location: str
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read the model in `folder`. Files that neither the index nor the single file's name points to are not looked at.
+
+    InvalidInput: there is no such model, it is damaged, it needs code of its own, or it is not stored as safetensors.
+    """
+    if not folder.is_dir():
+        raise _missing(f"{folder.name} is not a folder", "Name a folder with a model in the Hugging Face layout.")
+    config = _read_json(folder, CONFIG_FILE)
+    _refuse_code(folder.name, config, os.listdir(folder))
+    if (folder / SINGLE_FILE).exists():  # transformers, too, takes the single file first
+        return Checkpoint(str(folder), config, _by_name(_read_header(folder, SINGLE_FILE), folder.name))
+    if not (folder / INDEX_FILE).exists():
+        raise _no_safetensors(folder.name)
+    shard_of = _shards_by_tensor(_read_json(folder, INDEX_FILE), f"{folder.name}/{INDEX_FILE}")
+    headers = [_read_header(folder, shard) for shard in sorted(set(shard_of.values()))]
+    tensors = _by_name((info for header in headers for info in header), folder.name)
+    _compare_index(shard_of, tensors, f"{folder.name}/{INDEX_FILE}")
+    return Checkpoint(str(folder), config, tensors)
+
+
+def read_adapter(folder: Path) -> AdapterHeader:
+    """Read the PEFT adapter in `folder`. InvalidInput: it is missing, damaged, or kept as a pickle only."""
+    config = _read_json(folder, ADAPTER_CONFIG_FILE)
+    return AdapterHeader(str(folder), config, _by_name(_read_header(folder, ADAPTER_FILE), folder.name))
+
+
+def read_hub_checkpoint(repo_id: str, revision: str, *, cache_dir: Path) -> Checkpoint:
+    """Read a Hub model without downloading its weights; config and index are kept in `cache_dir`.
+
+    The Hub's client reads `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` by itself.
+    InvalidInput: the repository is unknown, gated or not usable. Unavailable: the Hub cannot be reached just now.
+    """
+    with _hub_errors(repo_id, revision):
+        config, tensors = _fetch(repo_id, revision, cache_dir)
+    return Checkpoint(f"{repo_id}@{revision}", config, tensors)
+
+
+# --- one file ---------------------------------------------------------------------------------------------------------
+
+
+def _read_header(folder: Path, file: str) -> list[TensorInfo]:
+    where = f"{folder.name}/{file}"
+    if not (folder / file).is_file():
+        raise _missing(f"{where} is missing", "Copy or download the folder again, whole.")
+    with (folder / file).open("rb") as stream:
+        file_bytes = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+        data_start = _LENGTH_BYTES + length
+        if file_bytes <= _LENGTH_BYTES or length > min(MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
+            raise _damaged(where, f"its header claims {length} bytes and the file has {file_bytes}")
+        entries = _strict_json(stream.read(length), where)
+    return _parse_entries(entries, where, file, data_start=data_start, file_bytes=file_bytes)
+
+
+def _parse_entries(
+    entries: dict[str, Any], where: str, file: str, *, data_start: int, file_bytes: int
+) -> list[TensorInfo]:
+    tensors = [
+        _parse_tensor(name, entry, where, file, data_start) for name, entry in entries.items() if name != "__metadata__"
+    ]
+    _check_layout(tensors, where, data_start=data_start, file_bytes=file_bytes)
+    return tensors
+
+
+def _parse_tensor(name: str, entry: Any, where: str, file: str, data_start: int) -> TensorInfo:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _damaged(where, f"the entry of {name} is {str(entry)[:80]}, not dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise _damaged(where, f"{name} has the dtype {dtype!r}, which is not one of {', '.join(DTYPE_BYTES)}")
+    if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+        raise _damaged(
+            where, f"{name} has the shape {shape!r} and the offsets {offsets!r}, which are not whole numbers"
+        )
+    needed = math.prod(shape) * DTYPE_BYTES[dtype]
+    if offsets[1] - offsets[0] != needed:
+        raise _damaged(where, f"{name} needs {needed} bytes for {dtype} {shape}, its offsets are {offsets}")
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _check_layout(tensors: list[TensorInfo], where: str, *, data_start: int, file_bytes: int) -> None:
+    """The tensors fill the file's data part exactly: an overlap would give one tensor another one's weights."""
+    position = data_start
+    for info in sorted(tensors, key=lambda info: (info.start, info.end)):
+        if info.start != position:
+            kind = "overlaps the tensor before it" if info.start < position else "leaves a gap before it"
+            raise _damaged(where, f"{info.name} {kind}: it starts at byte {info.start}, expected {position}")
+        position = info.end
+    if position != file_bytes:
+        raise _damaged(where, f"its tensors end at byte {position} and the file has {file_bytes}")
+
+
+# --- a folder ---------------------------------------------------------------------------------------------------------
+
+
+def _by_name(infos: Iterable[TensorInfo], where: str) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for info in infos:
+        if info.name in tensors:
+            raise _damaged(where, f"{info.name} stands in both {tensors[info.name].file} and {info.file}")
+        tensors[info.name] = info
+    return tensors
+
+
+def _shards_by_tensor(index: dict[str, Any], where: str) -> dict[str, str]:
+    shard_of = index.get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise _damaged(where, "it has no weight_map")
+    for name, shard in shard_of.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise _damaged(where, f"it puts {name} into {shard!r}, which is not a .safetensors file beside it")
+    return shard_of
+
+
+def _compare_index(shard_of: dict[str, str], tensors: dict[str, TensorInfo], where: str) -> None:
+    """Index and shards must agree: loaders differ in which of the two they believe."""
+    for name, shard in shard_of.items():
+        if name not in tensors or tensors[name].file != shard:
+            raise _damaged(where, f"it puts {name} into {shard}, which does not hold it")
+    unnamed = tensors.keys() - shard_of.keys()
+    if unnamed:
+        raise _damaged(where, f"it does not name {min(unnamed)}, which {tensors[min(unnamed)].file} holds")
+
+
+def _refuse_code(where: str, config: dict[str, Any], file_names: Iterable[str]) -> None:
+    """A model that brings its own Python would run a stranger's code in our workers, or lack it in the output."""
+    programs = sorted(name for name in file_names if name.endswith(".py"))
+    if programs:
+        raise _needs_code(where, f"it holds {programs[0]}")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    if any(part.get("auto_map") for part in parts):
+        raise _needs_code(where, f"its {CONFIG_FILE} has an auto_map")
+
+
+def _read_json(folder: Path, file: str) -> dict[str, Any]:
+    where = f"{folder.name}/{file}"
+    try:
+        raw = (folder / file).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _missing(f"{where} is missing", "Name a folder with a model in the Hugging Face layout.") from None
+    return _strict_json(raw, where)
+
+
+def _strict_json(raw: bytes, where: str) -> dict[str, Any]:
+    """Only an object, and no name twice: of two entries the json module would silently keep the last."""
+    try:
+        value = json.loads(raw.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(where, f"it is not valid JSON ({str(error)[:200]})") from None
+    if not isinstance(value, dict):
+        raise _damaged(where, f"it is a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in seen:
+            raise ValueError(f"the name {name!r} stands twice")
+        seen[name] = value
+    return seen
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+def _fetch(repo_id: str, revision: str, cache_dir: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    # Imported here: reading a local folder, which every graft does, needs no HTTP client (half a second).
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    info = api.model_info(repo_id, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
+    names = {sibling.rfilename for sibling in info.siblings or []}
+
+    def fetch_json(file: str) -> dict[str, Any]:
+        path = api.hf_hub_download(repo_id, file, revision=revision, cache_dir=cache_dir)
+        return _strict_json(Path(path).read_bytes(), f"{repo_id}/{file}")
+
+    def fetch_header(file: str) -> list[TensorInfo]:
+        return _fetch_header(api, repo_id, file, revision)
+
+    config = fetch_json(CONFIG_FILE)
+    _refuse_code(repo_id, config, [name for name in names if "/" not in name])
+    if SINGLE_FILE in names:
+        return config, _by_name(fetch_header(SINGLE_FILE), repo_id)
+    if INDEX_FILE not in names:
+        raise _no_safetensors(repo_id)
+    shard_of = _shards_by_tensor(fetch_json(INDEX_FILE), f"{repo_id}/{INDEX_FILE}")
+    with ThreadPoolExecutor(_HUB_THREADS) as pool:
+        headers = list(pool.map(fetch_header, sorted(set(shard_of.values()))))
+    tensors = _by_name((info for header in headers for info in header), repo_id)
+    _compare_index(shard_of, tensors, f"{repo_id}/{INDEX_FILE}")
+    return config, tensors
+
+
+def _fetch_header(api: Any, repo_id: str, file: str, revision: str) -> list[TensorInfo]:
+    """The Hub's client reads the header by a range request; the file's size tells how long that header is."""
+    from huggingface_hub import hf_hub_url
+
+    header = api.parse_safetensors_file_metadata(repo_id, file, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
+    url = hf_hub_url(repo_id, file, revision=revision, endpoint=api.endpoint)
+    file_bytes = api.get_hf_file_metadata(url=url, timeout=_HUB_TIMEOUT_SECONDS).size
+    entries = {
+        name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": list(tensor.data_offsets)}
+        for name, tensor in header.tensors.items()
+    }
+    data_bytes = max((tensor.data_offsets[1] for tensor in header.tensors.values()), default=0)
+    where = f"{repo_id}/{file}"
+    if file_bytes < _LENGTH_BYTES + data_bytes:
+        raise _damaged(where, f"its tensors need {data_bytes} bytes and the file has {file_bytes}")
+    return _parse_entries(entries, where, file, data_start=file_bytes - data_bytes, file_bytes=file_bytes)
+
+
+@contextmanager
+def _hub_errors(repo_id: str, revision: str) -> Iterator[None]:
+    """Put what the Hub's client raises into our own words, the user's fault and the Hub's apart."""
+    from httpx import TransportError
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (errors.GatedRepoError, errors.DisabledRepoError):
+        raise _gated(repo_id) from None
+    except errors.RepositoryNotFoundError:
+        raise _missing(f"The Hub has no model {repo_id}", "Check the name; a private one needs HF_TOKEN.") from None
+    except errors.RevisionNotFoundError:
+        raise _missing(f"{repo_id} has no revision {revision}", "Name a branch, tag or commit of it.") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, TransportError) as error:
+        raise _away(repo_id, f"cannot be reached ({type(error).__name__})") from error
+    except errors.EntryNotFoundError:
+        raise _missing(
+            f"{repo_id}@{revision} lacks {CONFIG_FILE}", "Name a model in the Hugging Face layout."
+        ) from None
+    except errors.HfHubHTTPError as error:
+        raise _http_failure(repo_id, error.response.status_code) from error
+    except errors.SafetensorsParsingError as error:
+        raise _damaged(repo_id, str(error)[:200]) from None
+    except errors.HFValidationError:
+        raise InvalidInput(f"{repo_id!r} is not the name of a Hub model", hint="It reads owner/name.") from None
+
+
+def _http_failure(repo_id: str, status: int) -> ShadowError:
+    if status in (401, 403):
+        return _gated(repo_id)
+    return _away(repo_id, f"answered with HTTP status {status}")
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _missing(message: str, hint: str) -> InvalidInput:
+    return InvalidInput(message, code="model_not_found", hint=hint)
+
+
+def _damaged(where: str, finding: str) -> InvalidInput:
+    return InvalidInput(
+        f"{where} is damaged: {finding}", code="damaged_checkpoint", hint="Copy or download the file again."
+    )
+
+
+def _needs_code(where: str, finding: str) -> InvalidInput:
+    return InvalidInput(
+        f"{where} needs code of its own: {finding}",
+        code="remote_code_refused",
+        hint="Only architectures that transformers itself knows can be used.",
+    )
+
+
+def _no_safetensors(where: str) -> InvalidInput:
+    return InvalidInput(
+        f"{where} holds neither {SINGLE_FILE} nor {INDEX_FILE}; pickles are never read",
+        code="not_safetensors",
+        hint="Save the model as safetensors with transformers' save_pretrained.",
+    )
+
+
+def _gated(repo_id: str) -> InvalidInput:
+    return InvalidInput(
+        f"The Hub does not give {repo_id} to this server: it is gated, private or disabled",
+        code="gated_model",
+        hint="Accept its licence on the Hub and set HF_TOKEN to a token of that account.",
+    )
+
+
+def _away(repo_id: str, finding: str) -> Unavailable:
+    return Unavailable(f"The Hub {finding} while reading {repo_id}", code="hub_unavailable", hint="Try again later.")

@@ -1,0 +1,131 @@
+"""Engine, sessions, and the database's own clock.
+
+Leases are compared by the database's clock alone, so that machines whose clocks differ agree on who holds a job.
+SQLite gets the settings under which an acknowledged job survives a power cut; a writing transaction takes its lock at
+BEGIN, because one that reads first and locks later fails at once under contention instead of waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import DateTime, Engine, MetaData, create_engine, event
+from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeDecorator
+
+from core.config import Settings
+
+#: How long a statement waits for SQLite's write lock.
+SQLITE_BUSY_TIMEOUT_MS = 10_000
+
+NAMING_CONVENTION = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A moment in UTC. SQLite stores no zone, so it is taken off on the way in and put back on the way out."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(naming_convention=NAMING_CONVENTION)
+
+
+class db_now(FunctionElement[datetime]):  # noqa: N801 - reads as the SQL function that it is
+    """The database's clock, `offset_seconds` from now."""
+
+    type = UtcDateTime()
+    inherit_cache = False
+
+    def __init__(self, offset_seconds: float = 0) -> None:
+        super().__init__()
+        self.offset_seconds = float(offset_seconds)
+
+
+@compiles(db_now, "sqlite")
+def _sqlite_now(element: db_now, _compiler: SQLCompiler, **_: Any) -> str:
+    # The text form in which SQLAlchemy stores a moment in SQLite, so that the two compare as text.
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', '{element.offset_seconds:+f} seconds')"
+
+
+@compiles(db_now, "postgresql")
+def _postgresql_now(element: db_now, _compiler: SQLCompiler, **_: Any) -> str:
+    return f"(clock_timestamp() + make_interval(secs => {element.offset_seconds:f}))"
+
+
+class Database:
+    """One engine and the two ways to use it: reading, and writing."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = _make_engine(url)
+        writing_engine = self.engine.execution_options(shadowft_writing=True)
+        self._reading = sessionmaker(self.engine, expire_on_commit=False)
+        self._writing = sessionmaker(writing_engine, expire_on_commit=False)
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        with self._reading() as session:
+            yield session
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        """A session whose transaction may write. Nothing is kept without an explicit commit."""
+        with self._writing() as session:
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def open_database(settings: Settings) -> Database:
+    if settings.uses_sqlite:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+    return Database(settings.database)
+
+
+def _make_engine(url: str) -> Engine:
+    if not url.startswith("sqlite"):
+        return create_engine(url, pool_pre_ping=True)
+    engine = create_engine(url)
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver must not begin transactions of its own
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_TIMEOUT_MS}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writing = connection.get_execution_options().get("shadowft_writing", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")

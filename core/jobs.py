@@ -1,0 +1,431 @@
+"""A job's life: its states, its legal moves, and every verb that changes one.
+
+    (new) -> validating_files -> queued -> running -> succeeded | failed
+    running -> queued        lease lost, worker drained, or a fault of the infrastructure
+    any live state -> cancelled
+
+Whoever runs a job holds a `Claim`. Every write under it checks, in the same statement and by the database's clock,
+that the attempt is still the newest and its lease still holds; where it does not, nothing changes and `LeaseLost` is
+raised. No verb commits: the caller does, and only then nudges a worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, Update, and_, case, func, or_, select, update
+from sqlalchemy.orm import Session, aliased
+
+from core.db import db_now
+from core.errors import Cause, Conflict, LeaseLost
+from core.ids import new_id
+from core.job_spec import JobSpec
+from core.models import Artifact, File, Job, JobEvent, Metric, Worker
+
+Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+Phase = Literal["preparing", "training", "grafting", "evaluating", "publishing", "cancelling"]
+Wish = Literal["run", "pause", "cancel"]
+
+TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
+#: States from which a cancel needs no worker's help.
+CANCELLED_AT_ONCE: frozenset[str] = frozenset({"validating_files", "queued", "paused"})
+
+#: Rows that one sweep handles of each kind; the next sweep takes the rest.
+SWEEP_LIMIT = 100
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to work on a job until its lease ends."""
+
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class NewEvent:
+    message: str
+    level: Literal["info", "warn", "error"] = "info"
+    type: Literal["message", "metrics"] = "message"
+    data: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a successful job leaves behind."""
+
+    artifacts: Sequence[Artifact]
+    result_files: Sequence[File]
+    trained_tokens: int | None
+    evaluation: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What a sweep found that somebody should be nudged for."""
+
+    jobs: bool = False
+    admissions: bool = False
+    files: bool = False
+    lost: list[str] = field(default_factory=list)
+
+
+# --- birth and admission --------------------------------------------------------------------------------------------
+
+
+def create(session: Session, job: Job) -> Job:
+    """Put a new job at the start of its life, with its first event."""
+    job.id = new_id("ftjob-")
+    job.status = "validating_files"
+    session.add(job)
+    session.flush()
+    add_events(session, job.id, [NewEvent(f"Created fine-tuning job: {job.id}"), NewEvent(_validating(job))])
+    return job
+
+
+def _validating(job: Job) -> str:
+    files = [job.training_file_id, *([job.validation_file_id] if job.validation_file_id else [])]
+    return f"Validating training file: {' and validation file: '.join(files)}"
+
+
+def admit(session: Session, job_id: str, spec: JobSpec, *, memory_bytes: int, notes: Sequence[NewEvent] = ()) -> bool:
+    """validating_files -> queued. False where the job has left that state meanwhile."""
+    changed = session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.status == "validating_files")
+        .values(status="queued", spec=spec.model_dump(mode="json"), memory_bytes=memory_bytes)
+        .returning(Job.id)
+    ).first()
+    if changed is None:
+        return False
+    moved = NewEvent("Files validated, moving job to queued state")
+    add_events(session, job_id, [*notes, moved])
+    return True
+
+
+def refuse(session: Session, job_id: str, cause: Cause) -> bool:
+    """validating_files -> failed. False where the job has left that state meanwhile."""
+    return _end(session, job_id, Job.status == "validating_files", "failed", cause)
+
+
+# --- under a claim --------------------------------------------------------------------------------------------------
+
+
+def claim_next(session: Session, *, worker_id: str, lane_memory_bytes: int, lease_seconds: float) -> Claim | None:
+    """Take the next job that this lane can hold: the team with the fewest running jobs first, then the oldest job.
+
+    One statement, with the first heartbeat inside it. On PostgreSQL rows that another worker is about to take are
+    passed over; on SQLite the transaction holds the write lock from its start.
+    """
+    running = aliased(Job)
+    running_of_team = (
+        select(func.count())
+        .select_from(running)
+        .where(running.team_id == Job.team_id, running.status == "running")
+        .correlate(Job)
+        .scalar_subquery()
+    )
+    candidate = (
+        select(Job.id)
+        .where(Job.status == "queued", _due(), Job.memory_bytes <= lane_memory_bytes)
+        .order_by(running_of_team, Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True, of=Job)
+        .scalar_subquery()
+    )
+    row = session.execute(
+        update(Job)
+        .where(Job.id == candidate, Job.status == "queued")
+        .values(
+            status="running",
+            phase="preparing",
+            phase_started_at=db_now(),
+            started_at=func.coalesce(Job.started_at, db_now()),
+            attempt=Job.attempt + 1,
+            worker_id=worker_id,
+            lease_until=db_now(lease_seconds),
+            not_before=None,
+            progress=None,
+        )
+        .returning(Job.id, Job.attempt)
+        .execution_options(synchronize_session=False)
+    ).first()
+    if row is None:
+        return None
+    started = (
+        "Fine-tuning job started" if row.attempt == 1 else f"Fine-tuning job started again (attempt {row.attempt})"
+    )
+    add_events(session, row.id, [NewEvent(started)])
+    return Claim(job_id=row.id, attempt=row.attempt)
+
+
+def beat(session: Session, claim: Claim, *, lease_seconds: float) -> Wish:
+    """Move the lease; the answer says what the job's owner wants."""
+    return _write_fenced(session, claim, lease_until=db_now(lease_seconds))
+
+
+def enter_phase(session: Session, claim: Claim, phase: Phase, message: str) -> Wish:
+    """Name what the job does now, unless it is being cancelled."""
+    return _write_fenced(
+        session,
+        claim,
+        events=[NewEvent(message)],
+        phase=case((Job.wish == "cancel", "cancelling"), else_=phase),
+        phase_started_at=db_now(),
+        progress=None,
+    )
+
+
+def record(
+    session: Session,
+    claim: Claim,
+    *,
+    progress: dict[str, Any] | None,
+    metrics: Sequence[dict[str, Any]] = (),
+    events: Sequence[NewEvent] = (),
+) -> Wish:
+    """Keep what a step said since the last write."""
+    changes: dict[str, Any] = {} if progress is None else {"progress": progress}
+    wish = _write_fenced(session, claim, events=events, attempt=Job.attempt, **changes)
+    for data in metrics:
+        session.merge(Metric(job_id=claim.job_id, step=data["step"], data=data))
+    return wish
+
+
+def succeed(session: Session, claim: Claim, outcome: Outcome) -> bool:
+    """running -> succeeded, with everything the job publishes, in the caller's one transaction.
+
+    False where a cancel came first. Raises LeaseLost where the claim no longer holds.
+    """
+    spec = session.execute(select(Job.spec).where(Job.id == claim.job_id)).scalar_one()
+    row = session.execute(
+        _fenced(claim)
+        .where(Job.wish != "cancel")
+        .values(
+            **_ended("succeeded"),
+            fine_tuned_model=JobSpec.model_validate(spec).fine_tuned_model,
+            trained_tokens=outcome.trained_tokens,
+            evaluation=outcome.evaluation,
+            result_file_ids=[file.id for file in outcome.result_files],
+        )
+        .returning(Job.fine_tuned_model)
+    ).first()
+    if row is None:
+        _write_fenced(session, claim)  # raises where it was the lease
+        return False
+    session.add_all([*outcome.result_files, *outcome.artifacts])
+    created = NewEvent(f"New fine-tuned model created: {row.fine_tuned_model}")
+    add_events(session, claim.job_id, [created, NewEvent("The job has successfully completed")])
+    return True
+
+
+def fail(session: Session, claim: Claim, cause: Cause) -> None:
+    """running -> failed."""
+    if not _end(session, claim.job_id, _holds(claim), "failed", cause):
+        raise LeaseLost(f"Job {claim.job_id} is no longer held by attempt {claim.attempt}.")
+
+
+def finish_cancelled(session: Session, claim: Claim) -> None:
+    """running -> cancelled, once the children are dead."""
+    if not _end(session, claim.job_id, _holds(claim), "cancelled", None):
+        raise LeaseLost(f"Job {claim.job_id} is no longer held by attempt {claim.attempt}.")
+
+
+def put_back(session: Session, claim: Claim, reason: str, *, charged: bool = False, delay_seconds: float = 0) -> None:
+    """running -> queued: the worker drains, or (`charged`) the infrastructure failed the step."""
+    row = session.execute(
+        _fenced(claim)
+        .where(Job.wish != "cancel")
+        .values(
+            **_released("queued"),
+            infra_retries=Job.infra_retries + int(charged),
+            not_before=db_now(delay_seconds),
+        )
+        .returning(Job.id)
+    ).first()
+    if row is None:
+        finish_cancelled(session, claim)
+        return
+    add_events(session, claim.job_id, [NewEvent(reason, level="warn")])
+
+
+def infra_retries(session: Session, claim: Claim) -> int:
+    return session.execute(select(Job.infra_retries).where(Job.id == claim.job_id)).scalar_one()
+
+
+# --- by the job's owner ---------------------------------------------------------------------------------------------
+
+
+def request_cancel(session: Session, job_id: str) -> None:
+    """Cancel at once what no worker holds; ask the worker for the rest. Repeating it changes nothing.
+
+    Raises Conflict where the job has already ended otherwise.
+    """
+    if _end(session, job_id, Job.status.in_(CANCELLED_AT_ONCE), "cancelled", None):
+        return
+    asked = session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.status == "running", Job.wish != "cancel")
+        .values(wish="cancel", phase="cancelling")
+        .returning(Job.id)
+    ).first()
+    if asked is not None:
+        add_events(session, job_id, [NewEvent("Cancelling: the worker ends what it runs")])
+        return
+    status = session.execute(select(Job.status).where(Job.id == job_id)).scalar_one()
+    if status in {"succeeded", "failed"}:
+        raise Conflict(
+            f"Job {job_id} has already {status}; only a live job can be cancelled.", code="job_not_cancellable"
+        )
+
+
+# --- by the sweep ---------------------------------------------------------------------------------------------------
+
+
+def sweep(session: Session, *, max_lost_workers: int, stale_worker_seconds: float) -> Waiting:
+    """Take jobs from dead workers, forget workers that are long gone, and say what waits for a nudge."""
+    expired = and_(Job.status == "running", Job.lease_until <= db_now())
+    rows = session.execute(select(Job.id, Job.attempt).where(expired).limit(SWEEP_LIMIT)).all()
+    lost = [row.id for row in rows if _take_back(session, row.id, row.attempt, max_lost_workers)]
+    for worker in session.scalars(select(Worker).where(Worker.beat_at <= db_now(-stale_worker_seconds))):
+        session.delete(worker)
+    return Waiting(
+        jobs=_any(session, Job.id, and_(Job.status == "queued", _due())),
+        admissions=_any(session, Job.id, Job.status == "validating_files"),
+        files=_any(session, File.id, file_waits()),
+        lost=lost,
+    )
+
+
+def file_waits() -> ColumnElement[bool]:
+    """Files that nobody has checked and nobody is checking."""
+    free = or_(File.check_lease_until.is_(None), File.check_lease_until <= db_now())
+    return and_(File.status == "uploaded", free)
+
+
+def _take_back(session: Session, job_id: str, attempt: int, max_lost_workers: int) -> bool:
+    """End the lease of a worker that stopped beating."""
+    stale = and_(Job.attempt == attempt, Job.status == "running", Job.lease_until <= db_now())
+    if _end(session, job_id, and_(stale, Job.wish == "cancel"), "cancelled", None):
+        return True
+    if _end(session, job_id, and_(stale, Job.lost_count + 1 >= max_lost_workers), "failed", _poison(max_lost_workers)):
+        return True
+    changed = session.execute(
+        update(Job)
+        .where(Job.id == job_id, stale)
+        .values(**_released("queued"), lost_count=Job.lost_count + 1)
+        .returning(Job.id)
+    ).first()
+    if changed is None:
+        return False
+    add_events(session, job_id, [NewEvent("The worker stopped answering; the job is queued again", level="warn")])
+    return True
+
+
+def _poison(max_lost_workers: int) -> Cause:
+    return Cause(
+        code="worker_lost",
+        message=f"The job's worker was lost {max_lost_workers} times.",
+        hint="The job probably needs more memory than the worker has: use a smaller model, batch_size or max_length.",
+        fault="infrastructure",
+    )
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def waiting_for(session: Session, job: Job, *, stale_worker_seconds: float) -> str | None:
+    """Why a live job does not move, in a sentence; None while nothing is amiss."""
+    if job.status not in {"validating_files", "queued"}:
+        return None
+    queue = "light" if job.status == "validating_files" else "jobs"
+    alive = and_(Worker.queue == queue, Worker.beat_at > db_now(-stale_worker_seconds), Worker.draining.is_(False))
+    lanes = session.scalars(select(Worker.lane_memory_bytes).where(alive)).all()
+    if not lanes:
+        return (
+            f"No worker for the queue '{queue}' is running; the job waits. Start one: shadowft worker --queue {queue}"
+        )
+    if queue == "jobs" and job.memory_bytes is not None and job.memory_bytes > max(lanes):
+        return (
+            f"The job needs about {job.memory_bytes / 2**30:.1f} GiB and the largest lane holds "
+            f"{max(lanes) / 2**30:.1f} GiB; it waits for a larger worker."
+        )
+    return None
+
+
+# --- shared pieces --------------------------------------------------------------------------------------------------
+
+
+def add_events(session: Session, job_id: str, events: Sequence[NewEvent]) -> None:
+    """Append events; their numbers come from the job's row, which stays locked until the commit."""
+    if not events:
+        return
+    count = session.execute(
+        update(Job).where(Job.id == job_id).values(event_count=Job.event_count + len(events)).returning(Job.event_count)
+    ).scalar_one()
+    _insert_events(session, job_id, events, first=count - len(events) + 1)
+
+
+def _insert_events(session: Session, job_id: str, events: Sequence[NewEvent], *, first: int) -> None:
+    session.add_all(
+        JobEvent(
+            id=new_id("ftevent-"),
+            job_id=job_id,
+            seq=seq,
+            level=event.level,
+            type=event.type,
+            message=event.message[:2048],
+            data=event.data,
+        )
+        for seq, event in enumerate(events, start=first)
+    )
+
+
+def _due() -> ColumnElement[bool]:
+    return or_(Job.not_before.is_(None), Job.not_before <= db_now())
+
+
+def _holds(claim: Claim) -> ColumnElement[bool]:
+    return and_(Job.attempt == claim.attempt, Job.status == "running", Job.lease_until > db_now())
+
+
+def _fenced(claim: Claim) -> Update:
+    statement = update(Job).where(Job.id == claim.job_id, _holds(claim))
+    return statement.execution_options(synchronize_session=False)
+
+
+def _write_fenced(session: Session, claim: Claim, *, events: Sequence[NewEvent] = (), **values: Any) -> Wish:
+    counted = Job.event_count + len(events)
+    row = session.execute(
+        _fenced(claim).values(event_count=counted, **values).returning(Job.wish, Job.event_count)
+    ).first()
+    if row is None:
+        raise LeaseLost(f"Job {claim.job_id} is no longer held by attempt {claim.attempt}.")
+    _insert_events(session, claim.job_id, events, first=row.event_count - len(events) + 1)
+    wish: Wish = row.wish
+    return wish
+
+
+def _released(status: Status) -> dict[str, Any]:
+    return {"status": status, "phase": None, "lease_until": None, "worker_id": None, "progress": None}
+
+
+def _ended(status: Status) -> dict[str, Any]:
+    return {**_released(status), "finished_at": db_now()}
+
+
+def _end(session: Session, job_id: str, guard: ColumnElement[bool], status: Status, cause: Cause | None) -> bool:
+    """Move a job to `failed` or `cancelled` if `guard` holds for it, with the event that says so."""
+    values = {**_ended(status), "error": cause.as_dict() if cause else None}
+    changed = session.execute(update(Job).where(Job.id == job_id, guard).values(values).returning(Job.id)).first()
+    if changed is None:
+        return False
+    message = f"The job failed: {cause.message}" if cause else "The job has been cancelled"
+    add_events(session, job_id, [NewEvent(message, level="error" if cause else "info")])
+    return True
+
+
+def _any(session: Session, column: Any, where: ColumnElement[bool]) -> bool:
+    return session.execute(select(column).where(where).limit(1)).first() is not None

@@ -1,0 +1,97 @@
+"""Fill a workspace with what its steps read: the dataset files and both models. The last code with network.
+
+Models come from one cache that all jobs of this machine share; a workspace holds links to them, never copies.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import structlog
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+from core.config import Settings
+from core.errors import InvalidInput, ShadowError, Unavailable
+from core.job_spec import DataSource, JobSpec, ModelSource
+from core.storage import Storage
+from worker.workspace import Workspace, write_durably
+
+#: Nothing else of a repository is ever fetched: no pickles, no code.
+MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
+#: Weights in other layouts that lie beside the shards.
+NOT_MODEL_FILES = ["consolidated*", "original/*", "adapter_*", "*/*"]
+
+log = structlog.get_logger(__name__)
+
+
+def fetch(spec: JobSpec, workspace: Workspace, *, storage: Storage, settings: Settings) -> None:
+    """Raises InvalidInput where an input is gone or forbidden, Unavailable where trying again helps."""
+    workspace.inputs.mkdir(parents=True, exist_ok=True)
+    write_durably(workspace.spec_file, spec.model_dump_json(indent=2).encode())
+    _fetch_data(spec.training, workspace.training, storage)
+    if spec.validation:
+        _fetch_data(spec.validation, workspace.validation, storage)
+    for name, source in spec.evaluation.probes.items():
+        _fetch_data(source, workspace.probe(name), storage)
+    _link(_model_folder(spec.pair.base, settings), workspace.base)
+    _link(_model_folder(spec.pair.instruct, settings), workspace.instruct)
+
+
+def _fetch_data(source: DataSource, destination: Path, storage: Storage) -> None:
+    if not storage.path(source.storage_key).exists():
+        raise InvalidInput(
+            f"The file {source.file_id} ({source.filename}) was deleted before the job could read it.",
+            code="file_not_found",
+            hint="Upload it again and create a new job.",
+        )
+    storage.fetch(source.storage_key, destination)
+
+
+def _model_folder(source: ModelSource, settings: Settings) -> Path:
+    return Path(source.location) if source.kind == "local" else download(source, settings.model_cache_dir)
+
+
+def download(source: ModelSource, cache: Path) -> Path:
+    """The folder of a pinned Hub snapshot, downloaded where it is not in the cache yet."""
+    log.info("model_fetch", repository=source.location, revision=source.revision)
+    try:
+        return Path(
+            snapshot_download(
+                source.location,
+                revision=source.revision,
+                cache_dir=cache,
+                allow_patterns=MODEL_FILES,
+                ignore_patterns=NOT_MODEL_FILES,
+            )
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise hub_trouble(source, error) from error
+
+
+def hub_trouble(source: ModelSource, error: Exception) -> ShadowError:
+    """Put a Hub error into words."""
+    if isinstance(error, GatedRepoError):
+        return InvalidInput(
+            f"The model {source.location} is gated and this server may not read it.",
+            code="model_gated",
+            param="model",
+            hint="Accept the model's licence on the Hub and give the server's workers an HF_TOKEN that may read it.",
+        )
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+        at = f" at revision {source.revision}" if source.revision else ""
+        return InvalidInput(
+            f"The Hub has no model {source.location}{at}, or it is private.", code="model_not_found", param="model"
+        )
+    return Unavailable(
+        f"The Hub did not deliver {source.location}: {type(error).__name__}.",
+        code="hub_unavailable",
+        hint="The job is tried again; check the worker's network, or HF_ENDPOINT.",
+    )
+
+
+def _link(target: Path, link: Path) -> None:
+    if not (target / "config.json").exists():
+        raise InvalidInput(f"The model folder {target.name!r} has no config.json any more.", param="model")
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)

@@ -1,0 +1,160 @@
+"""Workspace -> storage: what a job publishes, as rows that become visible with the job's success and not before.
+
+Every attempt writes below a prefix of its own, so that one that lost its lease can dirty nothing but its own files.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import Cause, StepFailed
+from core.ids import new_id
+from core.job_spec import JobSpec
+from core.jobs import Claim, Outcome
+from core.models import Artifact, File
+from core.storage import Storage
+from worker.workspace import Workspace
+
+#: The header that OpenAI's result files have.
+RESULT_COLUMNS = {
+    "step": "step",
+    "train_loss": "train_loss",
+    "train_accuracy": "train_mean_token_accuracy",
+    "valid_loss": "valid_loss",
+    "valid_mean_token_accuracy": "valid_mean_token_accuracy",
+}
+
+
+@dataclass(frozen=True)
+class Publication:
+    """One file of the workspace on its way out."""
+
+    kind: str
+    path: str
+    source: Path
+
+
+def prefix(claim: Claim) -> str:
+    return f"jobs/{claim.job_id}/a{claim.attempt}"
+
+
+def publish(
+    spec: JobSpec, workspace: Workspace, claim: Claim, *, team_id: str, storage: Storage, check: Callable[[], None]
+) -> Outcome:
+    """Put everything into storage. `check` is asked before each file and raises when the work must end."""
+    artifacts = []
+    for publication in publications(spec, workspace):
+        check()
+        artifacts.append(_store(publication, claim, team_id, storage))
+    _verify_manifest(artifacts, workspace.grafted(spec.scales[0]))
+    artifacts.append(_manifest(artifacts, claim, team_id, storage))
+    trained = json.loads(workspace.result("train").read_bytes())
+    return Outcome(
+        artifacts=artifacts,
+        result_files=[_result_file(workspace, claim, team_id, storage)],
+        trained_tokens=trained["trained_tokens"],
+        evaluation=json.loads(workspace.report.read_bytes()),
+    )
+
+
+def publications(spec: JobSpec, workspace: Workspace) -> Iterator[Publication]:
+    yield from _folder("model", workspace.grafted(spec.scales[0]))
+    if spec.tuning.type == "lora":
+        yield from _folder("adapter", workspace.adapter)
+    for path in (workspace.report, workspace.report.with_suffix(".md")):
+        yield Publication("report", path.name, path)
+    yield Publication("metrics", workspace.metrics.name, workspace.metrics)
+
+
+def _folder(kind: str, folder: Path) -> Iterator[Publication]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            relative = path.relative_to(folder).as_posix()
+            yield Publication("card" if relative == "README.md" else kind, f"{kind}/{relative}", path)
+
+
+def _store(publication: Publication, claim: Claim, team_id: str, storage: Storage) -> Artifact:
+    key = f"{prefix(claim)}/{publication.path}"
+    stored = storage.adopt(key, publication.source)
+    return _artifact(publication.kind, publication.path, key, claim, team_id, stored.bytes, stored.sha256)
+
+
+def _artifact(kind: str, path: str, key: str, claim: Claim, team_id: str, size: int, sha256: str) -> Artifact:
+    return Artifact(
+        id=new_id("art_"),
+        job_id=claim.job_id,
+        team_id=team_id,
+        kind=kind,
+        path=path,
+        bytes=size,
+        sha256=sha256,
+        storage_key=key,
+    )
+
+
+def _verify_manifest(artifacts: list[Artifact], model: Path) -> None:
+    """What was stored must be what the graft wrote: compare with the hashes it took while writing."""
+    written = json.loads((model / "manifest.json").read_bytes())["files"]
+    stored = {artifact.path.removeprefix("model/"): artifact.sha256 for artifact in artifacts}
+    for name, entry in written.items():
+        if stored.get(name) != entry["sha256"]:
+            raise StepFailed(
+                Cause(
+                    code="artifact_damaged",
+                    message=f"The stored copy of {name} differs from what the graft wrote.",
+                    hint="The worker's disk or memory is suspect; the job is tried again.",
+                    retryable=True,
+                    fault="infrastructure",
+                )
+            )
+
+
+def _manifest(artifacts: list[Artifact], claim: Claim, team_id: str, storage: Storage) -> Artifact:
+    """A list of every published file with its hash, itself published."""
+    entries = {artifact.path: {"bytes": artifact.bytes, "sha256": artifact.sha256} for artifact in artifacts}
+    content = json.dumps({"job_id": claim.job_id, "files": entries}, indent=2).encode()
+    key = f"{prefix(claim)}/manifest.json"
+    incoming = storage.receive(key)
+    incoming.write(content)
+    stored = incoming.keep()
+    return _artifact("report", "manifest.json", key, claim, team_id, stored.bytes, stored.sha256)
+
+
+def _result_file(workspace: Workspace, claim: Claim, team_id: str, storage: Storage) -> File:
+    """The metrics as the CSV that clients of the fine-tuning contract read."""
+    content = metrics_csv(workspace.metrics.read_text()).encode()
+    key = f"{prefix(claim)}/result.csv"
+    incoming = storage.receive(key)
+    incoming.write(content)
+    incoming.keep()
+    return File(
+        id=new_id("file-"),
+        team_id=team_id,
+        filename="step_metrics.csv",
+        purpose="fine-tune-results",
+        bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        storage_key=key,
+        status="processed",
+    )
+
+
+def metrics_csv(lines: str) -> str:
+    """Blank where a step did not measure."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(RESULT_COLUMNS)
+    for line in lines.splitlines():
+        metrics = json.loads(line)
+        writer.writerow([_cell(metrics.get(key)) for key in RESULT_COLUMNS.values()])
+    return out.getvalue()
+
+
+def _cell(value: float | None) -> float | str:
+    return "" if value is None else value

@@ -1,0 +1,141 @@
+"""The Celery tasks, a few lines each, and the worker process around them.
+
+This process stays small: it never imports torch, so that it can be killed and started anew within a second, and a
+job's memory comes back when its children exit.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from typing import Any
+
+import structlog
+from celery.signals import setup_logging, worker_ready, worker_shutdown, worker_shutting_down
+from sqlalchemy import delete
+
+from core import jobs
+from core.broker import celery, nudge
+from core.config import get_settings
+from core.db import open_database
+from core.ids import new_id
+from core.logs import configure_logging
+from core.models import Worker
+from core.storage import LocalStorage
+from core.version import VERSION
+from worker.admission import admit_waiting
+from worker.file_check import check_waiting
+from worker.lane import find_lane
+from worker.pipeline import Context, run
+from worker.sweep import Sweeper
+
+log = structlog.get_logger(__name__)
+
+
+class WorkerProcess:
+    """What the tasks of this process share."""
+
+    def __init__(self, queue: str) -> None:
+        self.queue = queue
+        self.id = new_id("worker-")
+        settings = get_settings()
+        self.lane = find_lane(settings)
+        self.context = Context(
+            settings=settings,
+            database=open_database(settings),
+            storage=LocalStorage(settings.storage_dir),
+            device=self.lane.device,
+            draining=threading.Event(),
+        )
+        self.sweeper = Sweeper(self.context, self.row)
+
+    def row(self) -> Worker:
+        """What the database should know of this process."""
+        return Worker(
+            id=self.id,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            queue=self.queue,
+            device=self.lane.device,
+            lane_memory_bytes=self.lane.memory_bytes,
+            version=VERSION,
+            draining=self.context.draining.is_set(),
+        )
+
+    def forget(self) -> None:
+        with self.context.database.writing() as session:
+            session.execute(delete(Worker).where(Worker.id == self.id))
+            session.commit()
+
+
+#: Set by `main`, before Celery starts.
+process: WorkerProcess
+
+
+@celery.task(name="work")
+def work() -> None:
+    """Run jobs until none is left that this lane can hold."""
+    while not process.context.draining.is_set():
+        with process.context.database.writing() as session:
+            claim = jobs.claim_next(
+                session,
+                worker_id=process.id,
+                lane_memory_bytes=process.lane.memory_bytes,
+                lease_seconds=process.context.settings.lease_seconds,
+            )
+            session.commit()
+        if claim is None:
+            return
+        run(process.context, claim)
+
+
+@celery.task(name="admit")
+def admit() -> None:
+    admit_waiting(process.context)
+
+
+@celery.task(name="check_file")
+def check_file() -> None:
+    if check_waiting(process.context):
+        nudge("admit")
+
+
+def main(queue: str) -> None:
+    """Run a worker for `queue` in this process until it is told to stop."""
+    global process
+    process = WorkerProcess(queue)
+    celery.worker_main(
+        [
+            "worker",
+            "--pool=threads",
+            "--concurrency=1",
+            f"--queues={queue}",
+            f"--hostname={process.id}@%h",
+            "--without-gossip",
+            "--without-mingle",
+            "--without-heartbeat",
+        ]
+    )
+
+
+@setup_logging.connect
+def _keep_our_logging(**_: Any) -> None:
+    configure_logging(get_settings())
+
+
+@worker_ready.connect
+def _begin(**_: Any) -> None:
+    process.sweeper.start()
+    log.info("worker_ready", queue=process.queue, device=process.lane.device, memory_bytes=process.lane.memory_bytes)
+
+
+@worker_shutting_down.connect
+def _drain(**_: Any) -> None:
+    process.context.draining.set()
+
+
+@worker_shutdown.connect
+def _leave(**_: Any) -> None:
+    process.sweeper.stop()
+    process.forget()
