@@ -42,6 +42,24 @@ def worker(
     run(queue)
 
 
+@app.command(hidden=True)
+def worker_health() -> None:
+    """For a container's health check: whether a worker of this host has told the database lately that it lives."""
+    import socket
+
+    from sqlalchemy import select
+
+    from core.config import get_settings
+    from core.db import db_now, open_database
+    from core.models import Worker
+
+    settings = get_settings()
+    lives = Worker.beat_at > db_now(-settings.lease_seconds)
+    with open_database(settings).reading() as session:
+        found = session.scalar(select(Worker.id).where(Worker.host == socket.gethostname(), lives).limit(1))
+    raise typer.Exit(0 if found else 1)
+
+
 @app.command()
 def migrate() -> None:
     """Bring the database to this version's schema; on an empty one, make the first admin key too."""

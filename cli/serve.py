@@ -68,7 +68,7 @@ class Part:
     def start(self) -> None:
         command = [sys.executable, "-m", "cli", *self.arguments]
         # A group of its own, so that Ctrl-C reaches only this supervisor, which then stops them in order.
-        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)
+        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
         self.started = time.monotonic()
 
     def watch(self) -> None:
@@ -132,7 +132,7 @@ def serve() -> int:
     ).run()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the new process, before it runs: end it when this supervisor is killed outright."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() == 1:

@@ -1,0 +1,94 @@
+"""What the demo shows at its end: the comparison, two answers, and how to do the same by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from demo.client import Client
+
+BAR_WIDTH = 10
+
+TITLES = {
+    "instruct": "untouched instruct",
+    "base_tuned": "tuned base",
+    "direct": "directly tuned instruct",
+}
+
+
+def show_comparison(console: Console, shadow: dict[str, Any], direct: dict[str, Any]) -> None:
+    """One table a set: every variant of both jobs, loss beside exact and content match."""
+    console.rule("Untouched, grafted and directly tuned, side by side")
+    for name, measured in shadow["sets"].items():
+        console.print(_set_table(name, measured, direct["sets"][name]))
+    console.print(f"[bold]Shadow-FT:[/] {_sentences(shadow)}", highlight=False)
+    console.print(f"[bold]Direct:[/] {_sentences(direct)}", highlight=False)
+
+
+def _set_table(name: str, shadow: dict[str, Any], direct: dict[str, Any]) -> Table:
+    table = Table(title=f"{name} ({shadow['rows']} rows)", title_justify="left")
+    table.add_column("model", min_width=24)
+    table.add_column("loss", justify="right")
+    if shadow["exact_match_measured"]:
+        table.add_column("exact match")
+        table.add_column("content match")
+    for variant, result in [*shadow["results"].items(), ("direct", direct["results"]["direct"])]:
+        table.add_row(_title(variant), f"{result['loss']:.3f}", *_matches(result))
+    return table
+
+
+def _matches(result: dict[str, Any]) -> list[str]:
+    shares = [result.get("exact_match"), result.get("content_match")]
+    return [f"{_bar(share)} {share:.2f}" for share in shares if share is not None]
+
+
+def _bar(share: float) -> str:
+    filled = round(share * BAR_WIDTH)
+    return "█" * filled + "░" * (BAR_WIDTH - filled)
+
+
+def _title(variant: str) -> str:
+    if variant.startswith("grafted@"):
+        return f"grafted instruct x {float(variant.removeprefix('grafted@')):g}"
+    return TITLES[variant]
+
+
+def _sentences(evaluation: dict[str, Any]) -> str:
+    verdict = evaluation["verdict"]
+    return " ".join(verdict["sentences"])
+
+
+def show_answers(console: Console, question: str, answers: dict[str, str]) -> None:
+    console.rule("One answer, before and after")
+    console.print(f"Question: {question}", markup=False)
+    console.print(f"Untouched instruct:  {answers['before']}", markup=False)
+    console.print(f"Downloaded model:    {answers['after']}", markup=False)
+
+
+def show_next_steps(
+    console: Console, client: Client, job: dict[str, Any], training_file: str, results: Path
+) -> None:
+    console.rule("Where it is, and the same by hand")
+    console.print(f"Model:   {job['fine_tuned_model']}\nFolder:  {results / 'model'}\nReport:  {results / 'report.md'}")
+    console.print(
+        f"""
+While a service runs (make serve; its key is in admin.key of its data folder):
+
+  KEY=$(cat {client.key_file.name})
+  curl http://127.0.0.1:8000/v1/files -H "Authorization: Bearer $KEY" -F purpose=fine-tune -F file=@train.jsonl
+  curl http://127.0.0.1:8000/v1/fine_tuning/jobs -H "Authorization: Bearer $KEY" -H "Content-Type: application/json" \\
+       -d '{{"model": "{job['model']}", "training_file": "{training_file}"}}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key=open("admin.key").read().strip())
+  file = client.files.create(file=open("train.jsonl", "rb"), purpose="fine-tune")
+  job = client.fine_tuning.jobs.create(model="{job['model']}", training_file=file.id)
+  print(client.fine_tuning.jobs.retrieve(job.id).status)
+""",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

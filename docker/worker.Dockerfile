@@ -1,0 +1,29 @@
+# A worker: Celery, and the steps with torch as its children.
+FROM python:3.11-slim-bookworm
+
+# An index of PyTorch builds, for a CUDA or a CPU variant; empty takes pip's own.
+ARG TORCH_INDEX_URL=""
+
+ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /app
+RUN useradd --create-home --uid 10001 shadowft \
+ && install -d -o shadowft -g shadowft -m 0750 /data
+
+COPY pyproject.toml requirements.lock README.md LICENSE ./
+RUN pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "$(grep '^torch==' requirements.lock)"
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print('\n'.join(p['dependencies'] + p['optional-dependencies']['worker']))" > /tmp/dependencies \
+ && pip install -c requirements.lock -r /tmp/dependencies
+COPY core core
+COPY api api
+COPY worker worker
+COPY cli cli
+COPY demo demo
+COPY migrations migrations
+RUN pip install --no-deps .
+
+USER shadowft
+ENV SHADOWFT_DATA_DIR=/data SHADOWFT_LOG_FORMAT=json
+WORKDIR /data
+# `shadowft worker` speaks to the database at each sweep; a worker that stopped doing so is not healthy.
+HEALTHCHECK --interval=15s --timeout=10s --start-period=60s --retries=4 CMD ["shadowft", "worker-health"]
+CMD ["shadowft", "worker", "--queue", "jobs"]
