@@ -13,14 +13,14 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import InvalidInput, ShadowError, Unavailable
+from core.errors import InvalidInput
+from core.hub import HUB_TIMEOUT_SECONDS, hub_errors
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -40,7 +40,6 @@ DTYPE_BYTES = {
 MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 
-_HUB_TIMEOUT_SECONDS = 20.0
 _HUB_THREADS = 8
 
 
@@ -157,7 +156,7 @@ def read_hub_checkpoint(repo_id: str, revision: str, *, cache_dir: Path) -> Chec
     The Hub's client reads `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` by itself.
     InvalidInput: the repository is unknown, gated or not usable. Unavailable: the Hub cannot be reached just now.
     """
-    with _hub_errors(repo_id, revision):
+    with hub_errors(repo_id, revision):
         config, tensors = _fetch(repo_id, revision, cache_dir)
     return Checkpoint(f"{repo_id}@{revision}", config, tensors)
 
@@ -300,7 +299,7 @@ def _fetch(repo_id: str, revision: str, cache_dir: Path) -> tuple[dict[str, Any]
     from huggingface_hub import HfApi
 
     api = HfApi()
-    info = api.model_info(repo_id, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
+    info = api.model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
     names = {sibling.rfilename for sibling in info.siblings or []}
 
     def fetch_json(file: str) -> dict[str, Any]:
@@ -328,9 +327,9 @@ def _fetch_header(api: Any, repo_id: str, file: str, revision: str) -> list[Tens
     """The Hub's client reads the header by a range request; the file's size tells how long that header is."""
     from huggingface_hub import hf_hub_url
 
-    header = api.parse_safetensors_file_metadata(repo_id, file, revision=revision, timeout=_HUB_TIMEOUT_SECONDS)
+    header = api.parse_safetensors_file_metadata(repo_id, file, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
     url = hf_hub_url(repo_id, file, revision=revision, endpoint=api.endpoint)
-    file_bytes = api.get_hf_file_metadata(url=url, timeout=_HUB_TIMEOUT_SECONDS).size
+    file_bytes = api.get_hf_file_metadata(url=url, timeout=HUB_TIMEOUT_SECONDS).size
     entries = {
         name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": list(tensor.data_offsets)}
         for name, tensor in header.tensors.items()
@@ -340,40 +339,6 @@ def _fetch_header(api: Any, repo_id: str, file: str, revision: str) -> list[Tens
     if file_bytes < _LENGTH_BYTES + data_bytes:
         raise _damaged(where, f"its tensors need {data_bytes} bytes and the file has {file_bytes}")
     return _parse_entries(entries, where, file, data_start=file_bytes - data_bytes, file_bytes=file_bytes)
-
-
-@contextmanager
-def _hub_errors(repo_id: str, revision: str) -> Iterator[None]:
-    """Put what the Hub's client raises into our own words, the user's fault and the Hub's apart."""
-    from httpx import TransportError
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except (errors.GatedRepoError, errors.DisabledRepoError):
-        raise _gated(repo_id) from None
-    except errors.RepositoryNotFoundError:
-        raise _missing(f"The Hub has no model {repo_id}", "Check the name; a private one needs HF_TOKEN.") from None
-    except errors.RevisionNotFoundError:
-        raise _missing(f"{repo_id} has no revision {revision}", "Name a branch, tag or commit of it.") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, TransportError) as error:
-        raise _away(repo_id, f"cannot be reached ({type(error).__name__})") from error
-    except errors.EntryNotFoundError:
-        raise _missing(
-            f"{repo_id}@{revision} lacks {CONFIG_FILE}", "Name a model in the Hugging Face layout."
-        ) from None
-    except errors.HfHubHTTPError as error:
-        raise _http_failure(repo_id, error.response.status_code) from error
-    except errors.SafetensorsParsingError as error:
-        raise _damaged(repo_id, str(error)[:200]) from None
-    except errors.HFValidationError:
-        raise InvalidInput(f"{repo_id!r} is not the name of a Hub model", hint="It reads owner/name.") from None
-
-
-def _http_failure(repo_id: str, status: int) -> ShadowError:
-    if status in (401, 403):
-        return _gated(repo_id)
-    return _away(repo_id, f"answered with HTTP status {status}")
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -403,15 +368,3 @@ def _no_safetensors(where: str) -> InvalidInput:
         code="not_safetensors",
         hint="Save the model as safetensors with transformers' save_pretrained.",
     )
-
-
-def _gated(repo_id: str) -> InvalidInput:
-    return InvalidInput(
-        f"The Hub does not give {repo_id} to this server: it is gated, private or disabled",
-        code="gated_model",
-        hint="Accept its licence on the Hub and set HF_TOKEN to a token of that account.",
-    )
-
-
-def _away(repo_id: str, finding: str) -> Unavailable:
-    return Unavailable(f"The Hub {finding} while reading {repo_id}", code="hub_unavailable", hint="Try again later.")
