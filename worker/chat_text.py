@@ -218,14 +218,14 @@ def require_rows(encoded: EncodedRows, max_length: int) -> None:
         )
 
 
-def require_same_tokens(chat: ChatText, start: Path, rows: Sequence[Row]) -> None:
-    """Refuse a start model to which instruct's ids mean other text. A folder without a tokenizer is taken on trust.
+def require_same_tokens(chat: ChatText, base: Path, rows: Sequence[Row]) -> None:
+    """Refuse a base model to which instruct's ids mean other text. A folder without a tokenizer is taken on trust.
 
     Ids that only one of the two knows are fine: base checkpoints often lack the chat marks.
     """
-    if not (start / "tokenizer_config.json").exists() and not (start / "tokenizer.json").exists():
+    if not (base / "tokenizer_config.json").exists() and not (base / "tokenizer.json").exists():
         return
-    other = ChatText(_load_tokenizer(start))
+    other = ChatText(_load_tokenizer(base))
     vocabulary, known = other.tokenizer.get_vocab(), chat.tokenizer.get_vocab()
     moved = [token for token, position in known.items() if vocabulary.get(token, position) != position]
     if moved:

@@ -142,11 +142,13 @@ class Report:
     def _numbers(self, one: Comparison) -> str:
         results = self.sets[one.set].results
         after, before = results[one.variant].as_dict()[one.measure], results[one.against].as_dict()[one.measure]
-        write = _percent if one.measure == "exact_match" else _plain
-        label = "exact answers" if one.measure == "exact_match" else "loss"
-        # A per-row mean, as the interval is; the loss before it weighs long rows more.
-        interval = f"{one.difference:+.3f} a row, 95% interval {one.low:+.3f} to {one.high:+.3f}"
-        return f"{label} {write(after)} against {write(before)} untouched; {interval}; {self.sets[one.set].rows} rows"
+        rows = f"{self.sets[one.set].rows} rows"
+        # The interval is of a mean over rows; the losses before it weigh long rows more.
+        if one.measure == "loss":
+            interval = f"{one.difference:+.3f} a row, 95% interval {one.low:+.3f} to {one.high:+.3f}"
+            return f"loss {_plain(after)} against {_plain(before)} untouched; {interval}; {rows}"
+        interval = f"{100 * one.difference:+.1f} points, 95% interval {100 * one.low:+.1f} to {100 * one.high:+.1f}"
+        return f"exact answers {_percent(after)} against {_percent(before)} untouched; {interval}; {rows}"
 
     def _lost_on_the_way(self, one: Comparison) -> str:
         """Where the graft did not help although base had learned it, the user should know which of the two failed."""
@@ -196,9 +198,9 @@ _SENTENCES: dict[tuple[bool, Outcome], str] = {
 
 
 def compare(name: str, result: SetResult, variant: str, seed: int) -> Comparison:
-    """`variant` against untouched instruct, by exact match where it was measured and by loss elsewhere."""
-    measure: Measure = "exact_match" if result.exact_match_measured else "loss"
-    pairs = zip(result.results[variant].rows, result.results[INSTRUCT].rows, strict=True)
+    """`variant` against untouched instruct: by exact match, or by loss where neither gives a single right answer."""
+    pairs = list(zip(result.results[variant].rows, result.results[INSTRUCT].rows, strict=True))
+    measure: Measure = "exact_match" if any(after.exact or before.exact for after, before in pairs) else "loss"
     differences = [_value(after, measure) - _value(before, measure) for after, before in pairs]
     low, high = bootstrap_interval(differences, seed)
     return Comparison(
