@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import DateTime, Engine, MetaData, create_engine, event
+from sqlalchemy import DateTime, Engine, MetaData, create_engine, event, text
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
@@ -21,6 +21,9 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from core.config import Settings
+
+#: Taken by whoever sets a database up: two processes that start at once must not both do it.
+_SETUP_LOCK = 0x5AD0F7
 
 #: How long a statement waits for SQLite's write lock.
 SQLITE_BUSY_TIMEOUT_MS = 10_000
@@ -99,6 +102,12 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def lock_for_setup(connection: Connection) -> None:
+    """Be alone until the transaction ends. On SQLite a writing transaction is that already."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _SETUP_LOCK})
 
 
 def open_database(settings: Settings) -> Database:

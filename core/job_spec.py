@@ -99,9 +99,10 @@ class JobSpec(_Frozen):
 
     @property
     def scales(self) -> tuple[float, ...]:
-        """Every scale to graft, the published one first, none twice."""
-        extra = [scale for scale in self.evaluation.scales if scale != self.graft.scale]
-        return (self.graft.scale, *dict.fromkeys(extra)) if self.strategy == "shadow" else (1.0,)
+        """Every scale to graft, the published one first, none twice (as it is written: six digits)."""
+        if self.strategy == "direct":
+            return (1.0,)
+        return tuple({f"{scale:g}": scale for scale in (self.graft.scale, *self.evaluation.scales)}.values())
 
     @property
     def start(self) -> ModelSource:

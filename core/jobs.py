@@ -263,6 +263,8 @@ def request_cancel(session: Session, job_id: str) -> None:
 
     Raises Conflict where the job has already ended otherwise.
     """
+    # Held from here on, so that the job cannot slip from one state to the next between two looks at it.
+    status = session.execute(select(Job.status).where(Job.id == job_id).with_for_update()).scalar_one()
     if _end(session, job_id, Job.status.in_(CANCELLED_AT_ONCE), "cancelled", None):
         return
     asked = session.execute(
@@ -274,7 +276,6 @@ def request_cancel(session: Session, job_id: str) -> None:
     if asked is not None:
         add_events(session, job_id, [NewEvent("Cancelling: the worker ends what it runs")])
         return
-    status = session.execute(select(Job.status).where(Job.id == job_id)).scalar_one()
     if status in {"succeeded", "failed"}:
         raise Conflict(
             f"Job {job_id} has already {status}; only a live job can be cancelled.", code="job_not_cancellable"
@@ -287,9 +288,12 @@ def request_cancel(session: Session, job_id: str) -> None:
 def sweep(session: Session, *, max_lost_workers: int, stale_worker_seconds: float) -> Waiting:
     """Take jobs from dead workers, forget workers that are long gone, and say what waits for a nudge."""
     expired = and_(Job.status == "running", Job.lease_until <= db_now())
-    rows = session.execute(select(Job.id, Job.attempt).where(expired).limit(SWEEP_LIMIT)).all()
+    # Held from here on: what another sweep holds is its to take, and a cancel comes before this or after.
+    found = select(Job.id, Job.attempt).where(expired).limit(SWEEP_LIMIT).with_for_update(skip_locked=True)
+    rows = session.execute(found).all()
     lost = [row.id for row in rows if _take_back(session, row.id, row.attempt, max_lost_workers)]
-    for worker in session.scalars(select(Worker).where(Worker.beat_at <= db_now(-stale_worker_seconds))):
+    gone = select(Worker).where(Worker.beat_at <= db_now(-stale_worker_seconds)).with_for_update(skip_locked=True)
+    for worker in session.scalars(gone):
         session.delete(worker)
     return Waiting(
         jobs=_any(session, Job.id, and_(Job.status == "queued", _due())),

@@ -18,7 +18,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from core.config import Settings
-from core.db import Database, db_now
+from core.db import Database, db_now, lock_for_setup
 from core.errors import AuthenticationFailed, Conflict, InvalidInput, NotFound
 from core.ids import new_id
 from core.models import ApiKey, Team
@@ -103,6 +103,7 @@ def wrong_key() -> AuthenticationFailed:
 def ensure_admin_key(database: Database, settings: Settings) -> Path | None:
     """On the first start: the default team and an admin key, written with mode 0600. None where both exist."""
     with database.writing() as session:
+        lock_for_setup(session.connection())
         if session.scalar(select(Team.id).limit(1)):
             return None
         team = create_team(session, DEFAULT_TEAM)

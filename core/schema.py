@@ -9,22 +9,17 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import text
 
 from core.config import Settings
-from core.db import Database, open_database
+from core.db import Database, lock_for_setup, open_database
 from core.errors import Unavailable
 from core.keys import ensure_admin_key
-
-#: Two processes that start at once must not both migrate (PostgreSQL; SQLite's write lock does the same).
-_LOCK = 0x5AD0F7
 
 
 def migrate(database: Database, revision: str = "head") -> None:
     """Apply what is missing; nothing when nothing is."""
     with database.engine.execution_options(shadowft_writing=True).begin() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+        lock_for_setup(connection)
         command.upgrade(_config(connection), revision)
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -20,10 +18,10 @@ from core.checkpoints import Checkpoint, read_checkpoint, read_hub_checkpoint
 from core.errors import Cause, InvalidInput, ShadowError
 from core.estimate import training_memory_bytes
 from core.graft_plan import plan_graft, smallest_linear_dimension
+from core.hub import pin
 from core.job_spec import DataSource, Evaluation, Graft, JobSpec, ModelSource, PairSource, Tuning
 from core.jobs import NewEvent
 from core.models import File, Job, Team
-from worker.inputs import hub_trouble
 from worker.pipeline import Context
 
 #: The paper's recipe (arXiv 2505.12716, and its code).
@@ -200,18 +198,7 @@ def _ready_files(session: Session, job: Job) -> dict[str, File] | None:
 
 
 def _pinned(pair: PairSource) -> PairSource:
-    return pair.model_copy(update={"base": _pin(pair.base), "instruct": _pin(pair.instruct)})
-
-
-def _pin(source: ModelSource) -> ModelSource:
-    """The same model at the commit that its revision means now, so that both attempts and both models stay the same."""
-    if source.kind == "local":
-        return source
-    try:
-        info = HfApi().model_info(source.location, revision=source.revision, timeout=30)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise hub_trouble(source, error) from error
-    return source.model_copy(update={"revision": info.sha})
+    return pair.model_copy(update={"base": pin(pair.base), "instruct": pin(pair.instruct)})
 
 
 def _headers(source: ModelSource, cache: Path) -> Checkpoint:

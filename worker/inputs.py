@@ -9,10 +9,10 @@ from pathlib import Path
 
 import structlog
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from core.config import Settings
-from core.errors import InvalidInput, ShadowError, Unavailable
+from core.errors import InvalidInput
+from core.hub import hub_errors
 from core.job_spec import DataSource, JobSpec, ModelSource
 from core.storage import Storage
 from worker.workspace import Workspace, write_durably
@@ -55,7 +55,7 @@ def _model_folder(source: ModelSource, settings: Settings) -> Path:
 def download(source: ModelSource, cache: Path) -> Path:
     """The folder of a pinned Hub snapshot, downloaded where it is not in the cache yet."""
     log.info("model_fetch", repository=source.location, revision=source.revision)
-    try:
+    with hub_errors(source.location, source.revision):
         return Path(
             snapshot_download(
                 source.location,
@@ -65,29 +65,6 @@ def download(source: ModelSource, cache: Path) -> Path:
                 ignore_patterns=NOT_MODEL_FILES,
             )
         )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise hub_trouble(source, error) from error
-
-
-def hub_trouble(source: ModelSource, error: Exception) -> ShadowError:
-    """Put a Hub error into words."""
-    if isinstance(error, GatedRepoError):
-        return InvalidInput(
-            f"The model {source.location} is gated and this server may not read it.",
-            code="model_gated",
-            param="model",
-            hint="Accept the model's licence on the Hub and give the server's workers an HF_TOKEN that may read it.",
-        )
-    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
-        at = f" at revision {source.revision}" if source.revision else ""
-        return InvalidInput(
-            f"The Hub has no model {source.location}{at}, or it is private.", code="model_not_found", param="model"
-        )
-    return Unavailable(
-        f"The Hub did not deliver {source.location}: {type(error).__name__}.",
-        code="hub_unavailable",
-        hint="The job is tried again; check the worker's network, or HF_ENDPOINT.",
-    )
 
 
 def _link(target: Path, link: Path) -> None:

@@ -114,7 +114,7 @@ def _tell(run: Run) -> None:
     run.enter("grafting", _grafting(spec))
     run.step("graft")
     run.enter("evaluating", "Comparing the models on held-out rows")
-    verdict = run.step("evaluate")["verdict"]
+    verdict = run.step("evaluate")["verdict"]["summary"]
     run.enter("publishing", f"Publishing. {verdict}")
     _publish(run)
 

@@ -383,7 +383,8 @@ def _shown_shadow(job: Job) -> dict[str, Any]:
     asked: dict[str, Any] = job.request["shadow"]
     if job.spec is None:
         return asked
-    tuning = {name: job.spec["tuning"][name] for name in asked["tuning"]}
+    lora_only = {"rank", "alpha", "dropout"} if asked["tuning"]["type"] == "full" else set()
+    tuning = {name: job.spec["tuning"][name] for name in asked["tuning"] if name not in lora_only}
     return {**asked, "tuning": tuning}
 
 
