@@ -24,8 +24,8 @@ def show_comparison(console: Console, shadow: dict[str, Any], direct: dict[str, 
     console.rule("Untouched, grafted and directly tuned, side by side")
     for name, measured in shadow["sets"].items():
         console.print(_set_table(name, measured, direct["sets"][name]))
-    console.print(f"[bold]Shadow-FT:[/] {_sentences(shadow)}", highlight=False)
-    console.print(f"[bold]Direct:[/] {_sentences(direct)}", highlight=False)
+    console.print(f"[bold]Shadow-FT:[/] {shadow['verdict']['summary']}", highlight=False)
+    console.print(f"[bold]Direct:[/] {direct['verdict']['summary']}", highlight=False)
 
 
 def _set_table(name: str, shadow: dict[str, Any], direct: dict[str, Any]) -> Table:
@@ -56,11 +56,6 @@ def _title(variant: str) -> str:
     return TITLES[variant]
 
 
-def _sentences(evaluation: dict[str, Any]) -> str:
-    verdict = evaluation["verdict"]
-    return " ".join(verdict["sentences"])
-
-
 def show_answers(console: Console, question: str, answers: dict[str, str]) -> None:
     console.rule("One answer, before and after")
     console.print(f"Question: {question}", markup=False)
@@ -68,9 +63,7 @@ def show_answers(console: Console, question: str, answers: dict[str, str]) -> No
     console.print(f"Downloaded model:    {answers['after']}", markup=False)
 
 
-def show_next_steps(
-    console: Console, client: Client, job: dict[str, Any], training_file: str, results: Path
-) -> None:
+def show_next_steps(console: Console, client: Client, job: dict[str, Any], training_file: str, results: Path) -> None:
     console.rule("Where it is, and the same by hand")
     console.print(f"Model:   {job['fine_tuned_model']}\nFolder:  {results / 'model'}\nReport:  {results / 'report.md'}")
     console.print(
@@ -80,12 +73,12 @@ While a service runs (make serve; its key is in admin.key of its data folder):
   KEY=$(cat {client.key_file.name})
   curl http://127.0.0.1:8000/v1/files -H "Authorization: Bearer $KEY" -F purpose=fine-tune -F file=@train.jsonl
   curl http://127.0.0.1:8000/v1/fine_tuning/jobs -H "Authorization: Bearer $KEY" -H "Content-Type: application/json" \\
-       -d '{{"model": "{job['model']}", "training_file": "{training_file}"}}'
+       -d '{{"model": "{job["model"]}", "training_file": "{training_file}"}}'
 
   from openai import OpenAI
   client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key=open("admin.key").read().strip())
   file = client.files.create(file=open("train.jsonl", "rb"), purpose="fine-tune")
-  job = client.fine_tuning.jobs.create(model="{job['model']}", training_file=file.id)
+  job = client.fine_tuning.jobs.create(model="{job["model"]}", training_file=file.id)
   print(client.fine_tuning.jobs.retrieve(job.id).status)
 """,
         markup=False,
