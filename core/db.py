@@ -118,7 +118,8 @@ def open_database(settings: Settings) -> Database:
 
 def _make_engine(url: str) -> Engine:
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True)
+        # A database made under a bare C locale would hand out bytes; text is UTF-8 here, whatever it says.
+        return create_engine(url, pool_pre_ping=True, connect_args={"client_encoding": "utf8"})
     engine = create_engine(url)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

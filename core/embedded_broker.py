@@ -69,7 +69,7 @@ class Transport(virtual.Transport):
     polling_interval = 0.1
     driver_type = "embedded"
     driver_name = "embedded"
-    default_port = 0
+    default_port: Any = 0
     global_state = virtual.BrokerState()
 
     def driver_version(self) -> str:

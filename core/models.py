@@ -11,7 +11,8 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from core.db import Base, UtcDateTime, db_now
 
-JsonColumn = JSON().with_variant(JSONB(), "postgresql")
+#: None is SQL's NULL, which a query can ask for; JSON's own `null` would be a value.
+JsonColumn = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
 
 #: SQLite counts a row id only in a column of exactly this type.
 RowId = BigInteger().with_variant(Integer(), "sqlite")

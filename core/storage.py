@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -121,10 +122,9 @@ class LocalIncoming:
         return Stored(bytes=self._bytes, sha256=self._hash.hexdigest())
 
     def drop(self) -> None:
-        try:
+        with suppress(OSError):  # what is still buffered does not fit either, and nobody wants it
             self._file.close()
-        finally:
-            self._temporary.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
 
 
 def _disk_trouble(error: OSError) -> Unavailable:

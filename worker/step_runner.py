@@ -167,6 +167,14 @@ def _unexplained(name: str, returncode: int, last_words: str) -> Cause:
             retryable=True,
             fault="memory",
         )
+    if returncode == -signal.SIGALRM:
+        return Cause(
+            code="lease_expired",
+            message=f"The step '{name}' ended itself: its lease ran out before the worker renewed it.",
+            hint="The database was slow or the machine overloaded; a larger SHADOWFT_LEASE_SECONDS bears more.",
+            retryable=True,
+            fault="infrastructure",
+        )
     how = f"signal {-returncode}" if returncode < 0 else f"exit status {returncode}"
     return Cause(
         code="step_crashed",
