@@ -12,7 +12,7 @@ from fastapi.responses import RedirectResponse
 from api.auth import Authentication, bearer
 from api.deps import Service
 from api.errors import ErrorBody, install_error_handlers
-from api.middleware import BodyLimit, RequestFrame
+from api.middleware import BodyLimit, CleanAddress, RequestFrame
 from api.routes import artifacts, evaluations, events, files, health, jobs, pairs
 from core.config import Settings, get_settings
 from core.db import open_database
@@ -37,6 +37,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "No such thing, or another team's."},
     409: {"model": ErrorBody, "description": "The thing's state forbids this; asking again changes nothing."},
     413: {"model": ErrorBody, "description": "The body is too large."},
+    # FastAPI would otherwise document a 422 of its own shape, which this service never answers.
+    "4XX": {"model": ErrorBody, "description": "Any other fault of the request."},
     503: {"model": ErrorBody, "description": "A part that this needs is away; `Retry-After` says when to try again."},
 }
 
@@ -65,6 +67,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.max_json_bytes)
+    app.add_middleware(CleanAddress)
     app.add_middleware(Authentication, database=database)
     app.add_middleware(RequestFrame)
     return app

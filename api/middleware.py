@@ -7,11 +7,13 @@ import time
 import uuid
 
 import structlog
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import error_response
-from core.errors import ShadowError, TooLarge
+from core.errors import InvalidInput, ShadowError, TooLarge, Unavailable
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -48,10 +50,10 @@ class RequestFrame:
 
         try:
             await self._app(scope, receive, send_framed)
-        except Exception:  # the last line: the client gets an answer, the log gets the traceback
+        except Exception as error:  # the last line: the client gets an answer, the log gets the traceback
             log.exception("request_crashed", method=scope["method"], path=scope["path"])
             if status == 0:
-                await error_response(_crash(request_id))(scope, receive, send_framed)
+                await error_response(_in_words(error, request_id))(scope, receive, send_framed)
         finally:
             log.info(
                 "request",
@@ -62,6 +64,20 @@ class RequestFrame:
                 retry=headers.get("x-stainless-retry-count"),
             )
             structlog.contextvars.unbind_contextvars("request_id")
+
+
+class CleanAddress:
+    """No NUL in the path or the query: none of our ids or values holds one, and PostgreSQL does not take it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and ("\0" in scope["path"] or b"%00" in scope["query_string"]):
+            error = InvalidInput("The address holds the character U+0000.", code="invalid_url")
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:
@@ -100,5 +116,7 @@ def _request_id(headers: Headers) -> str:
     return given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
 
 
-def _crash(request_id: str) -> ShadowError:
+def _in_words(error: Exception, request_id: str) -> ShadowError:
+    if isinstance(error, OperationalError | PoolTimeout):
+        return Unavailable(f"The database does not answer. The operator finds the reason in the log under {request_id}.")
     return ShadowError(f"The server met an unexpected error. Its operator finds it in the log under {request_id}.")

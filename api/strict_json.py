@@ -31,7 +31,10 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
+            strict = StrictRequest(request.scope, request.receive)
+            if self.body_field is not None:
+                await strict.body()  # read here, since FastAPI would turn what that raises into an error of its own
+            return await handle(strict)
 
         return handle_strictly
 

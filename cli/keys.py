@@ -49,7 +49,7 @@ def list_keys() -> None:
     """List all keys, without their secrets."""
     table = Table("id", "team", "name", "admin", "created", "revoked")
     with _session() as session:
-        for key, team in session.execute(select(ApiKey, Team.name).join(Team).order_by(ApiKey.created_at)).tuples():
+        for key, team in session.execute(select(ApiKey, Team.name).join(Team).order_by(ApiKey.created_at)):
             revoked = f"{key.revoked_at:%F %T}" if key.revoked_at else ""
             table.add_row(key.id, team, key.name, "yes" if key.is_admin else "", f"{key.created_at:%F %T}", revoked)
     Console().print(table)

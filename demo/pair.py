@@ -25,6 +25,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.optimization import get_cosine_schedule_with_warmup
+from transformers.utils import logging as transformers_logging
 
 from demo import language
 
@@ -259,6 +260,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    # The caller draws its own bar from the lines on stdout.
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     build_pair(arguments.folder, seed=arguments.seed, on_progress=_write_progress)
 
 

@@ -22,6 +22,4 @@ USER shadowft
 ENV SHADOWFT_DATA_DIR=/data SHADOWFT_HOST=0.0.0.0 SHADOWFT_LOG_FORMAT=json
 WORKDIR /data
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=6 \
-  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
 CMD ["shadowft", "api"]

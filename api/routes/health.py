@@ -25,6 +25,6 @@ def readyz(service: ServiceDep) -> dict[str, Any]:
     """The database answers. Workers that are away delay jobs and are reported, but requests can be served."""
     with service.database.reading() as session:
         alive = Worker.beat_at > db_now(-service.settings.lease_seconds)
-        counts = session.execute(select(Worker.queue, func.count()).where(alive).group_by(Worker.queue)).tuples().all()
+        counts = session.execute(select(Worker.queue, func.count()).where(alive).group_by(Worker.queue)).all()
     workers = {"jobs": 0, "light": 0, **dict(counts)}
     return {"status": "ok" if all(workers.values()) else "degraded", "workers": workers}

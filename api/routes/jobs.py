@@ -147,7 +147,10 @@ class JobRequest(StrictModel):
         None, max_length=16
     )
     method: Method | None = None
-    hyperparameters: Hyperparameters | None = Field(None, deprecated=True, description="Use `method`.")
+    # Not pydantic's own `deprecated`, which warns whenever this server reads the field.
+    hyperparameters: Hyperparameters | None = Field(
+        None, description="Use `method`.", json_schema_extra={"deprecated": True}
+    )
     integrations: list[dict[str, Any]] | None = Field(None, max_length=5)
     shadow: ShadowOptions = ShadowOptions()
 
