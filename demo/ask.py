@@ -17,7 +17,9 @@ def answer(folder: str, question: str) -> str:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     messages = [{"role": "user", "content": question}]
-    prompt: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt: Any = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     with torch.inference_mode():
         ids = model.generate(**prompt, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
     return str(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))

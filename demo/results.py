@@ -11,6 +11,7 @@ from rich.table import Table
 from demo.client import Client
 
 BAR_WIDTH = 10
+GRAFTED = "grafted@"
 
 TITLES = {
     "instruct": "untouched instruct",
@@ -24,7 +25,9 @@ def show_comparison(console: Console, shadow: dict[str, Any], direct: dict[str, 
     console.rule("Untouched, grafted and directly tuned, side by side")
     for name, measured in shadow["sets"].items():
         console.print(_set_table(name, measured, direct["sets"][name]))
-    console.print(f"[bold]Shadow-FT:[/] {shadow['verdict']['summary']}", highlight=False)
+    console.print(
+        f"[bold]Shadow-FT x {shadow['scale']:g} (published):[/] {shadow['verdict']['summary']}", highlight=False
+    )
     console.print(f"[bold]Direct:[/] {direct['verdict']['summary']}", highlight=False)
 
 
@@ -35,9 +38,18 @@ def _set_table(name: str, shadow: dict[str, Any], direct: dict[str, Any]) -> Tab
     if shadow["exact_match_measured"]:
         table.add_column("exact match")
         table.add_column("content match")
-    for variant, result in [*shadow["results"].items(), ("direct", direct["results"]["direct"])]:
+    results = {**shadow["results"], "direct": direct["results"]["direct"]}
+    for variant in sorted(results, key=_place):
+        result = results[variant]
         table.add_row(_title(variant), f"{result['loss']:.3f}", *_matches(result))
     return table
+
+
+def _place(variant: str) -> tuple[int, float]:
+    """Untouched, tuned base, the grafts by scale, direct."""
+    if variant.startswith(GRAFTED):
+        return 2, float(variant.removeprefix(GRAFTED))
+    return {"instruct": 0, "base_tuned": 1, "direct": 3}[variant], 0.0
 
 
 def _matches(result: dict[str, Any]) -> list[str]:
@@ -51,32 +63,39 @@ def _bar(share: float) -> str:
 
 
 def _title(variant: str) -> str:
-    if variant.startswith("grafted@"):
-        return f"grafted instruct x {float(variant.removeprefix('grafted@')):g}"
+    if variant.startswith(GRAFTED):
+        return f"grafted instruct x {variant.removeprefix(GRAFTED)}"
     return TITLES[variant]
 
 
-def show_answers(console: Console, question: str, answers: dict[str, str]) -> None:
+def show_answers(console: Console, question: str, before: str, after: str) -> None:
     console.rule("One answer, before and after")
     console.print(f"Question: {question}", markup=False)
-    console.print(f"Untouched instruct:  {answers['before']}", markup=False)
-    console.print(f"Downloaded model:    {answers['after']}", markup=False)
+    console.print(f"Untouched instruct:  {before}", markup=False)
+    console.print(f"Downloaded model:    {after}", markup=False)
 
 
 def show_next_steps(console: Console, client: Client, job: dict[str, Any], training_file: str, results: Path) -> None:
     console.rule("Where it is, and the same by hand")
-    console.print(f"Model:   {job['fine_tuned_model']}\nFolder:  {results / 'model'}\nReport:  {results / 'report.md'}")
+    data_dir = client.key_file.parent
     console.print(
-        f"""
-While a service runs (make serve; its key is in admin.key of its data folder):
+        f"""Model:   {job["fine_tuned_model"]}
+Folder:  {results / "model"}
+Report:  {results / "report.md"}
 
-  KEY=$(cat {client.key_file.name})
+Start the demo's service again, with its pair, files and jobs in it:
+
+  SHADOWFT_DATA_DIR={data_dir} SHADOWFT_MODEL_ROOTS={data_dir.parent / "pair"} make serve
+
+and do the same by hand:
+
+  KEY=$(cat {client.key_file})
   curl http://127.0.0.1:8000/v1/files -H "Authorization: Bearer $KEY" -F purpose=fine-tune -F file=@train.jsonl
   curl http://127.0.0.1:8000/v1/fine_tuning/jobs -H "Authorization: Bearer $KEY" -H "Content-Type: application/json" \\
        -d '{{"model": "{job["model"]}", "training_file": "{training_file}"}}'
 
   from openai import OpenAI
-  client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key=open("admin.key").read().strip())
+  client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key=open("{client.key_file}").read().strip())
   file = client.files.create(file=open("train.jsonl", "rb"), purpose="fine-tune")
   job = client.fine_tuning.jobs.create(model="{job["model"]}", training_file=file.id)
   print(client.fine_tuning.jobs.retrieve(job.id).status)

@@ -37,6 +37,8 @@ PAIR_NAME = "demo"
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.3
+#: Tokens of a row (bytes, for the demo's tokenizer): what is longer costs minutes on a CPU.
+MAX_LENGTH = 512
 
 console = Console()
 
@@ -50,7 +52,6 @@ class Plan:
     instruct: str | None
     files: dict[str, Path]
     request: dict[str, Any]
-    question: str | None
 
 
 def run(folder: Path, *, data: Path | None, pair: str | None) -> int:
@@ -78,9 +79,9 @@ def _play(folder: Path, data: Path | None, pair: str | None) -> None:
         direct = _run_job(client, "direct", _request(plan, uploads, "direct"))
         results = folder / "results" / shadow["id"]
         client.download(shadow["id"], results)
-        show_comparison(console, client.evaluation(shadow["id"]), client.evaluation(direct["id"]))
-        if plan.question and plan.instruct:
-            show_answers(console, plan.question, _ask(plan.instruct, results / "model", plan.question))
+        evaluation = client.evaluation(shadow["id"])
+        show_comparison(console, evaluation, client.evaluation(direct["id"]))
+        show_answers(console, *_one_question(plan, evaluation, results / "model"))
         show_next_steps(console, client, shadow, uploads["training"], results)
     console.print(f"Done in {time.monotonic() - started:.0f} s; the service is stopped.")
 
@@ -97,7 +98,6 @@ def _own_plan(folder: Path) -> Plan:
         instruct=str(models / "instruct"),
         files=files,
         request=_job_request(RECIPE, exact_match="on"),
-        question=_first_question(files["validation"]),
     )
 
 
@@ -108,15 +108,15 @@ def _other_plan(folder: Path, data: Path | None, pair: str | None) -> Plan:
     training = {"training": data} if data else {"training": write_datasets(folder / "data")["training"]}
     if pair is not None:
         # A real model, and the paper's recipe.
-        return Plan(pair, None, None, training, {"shadow": {"evaluation": {"scales": OTHER_SCALES}}}, None)
+        return Plan(pair, None, None, training, {"shadow": {"evaluation": {"scales": OTHER_SCALES}}})
     models = _make_pair(folder / "pair")
     recipe = {**RECIPE, "n_epochs": 1}
     request = _job_request(recipe, exact_match="off")
-    return Plan(PAIR_NAME, str(models / "base"), str(models / "instruct"), training, request, None)
+    return Plan(PAIR_NAME, str(models / "base"), str(models / "instruct"), training, request)
 
 
 def _job_request(recipe: dict[str, Any], *, exact_match: str) -> dict[str, Any]:
-    tuning = {"type": recipe["tuning_type"], "learning_rate": recipe["learning_rate"], "max_length": 1024}
+    tuning = {"type": recipe["tuning_type"], "learning_rate": recipe["learning_rate"], "max_length": MAX_LENGTH}
     if recipe["tuning_type"] == "lora":
         tuning["rank"] = recipe["rank"]
     return {
@@ -150,13 +150,6 @@ def _request(plan: Plan, uploads: dict[str, str], strategy: str) -> dict[str, An
         "shadow": {**shadow, "evaluation": evaluation},
     }
     return {**request, "validation_file": uploads["validation"]} if "validation" in uploads else request
-
-
-def _first_question(validation: Path) -> str:
-    with validation.open("rb") as file:
-        row = msgspec.json.decode(file.readline())
-    question: str = next(message["content"] for message in row["messages"] if message["role"] == "user")
-    return question
 
 
 # --- acts -----------------------------------------------------------------------------------------------------------
@@ -218,7 +211,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, key_file: Pat
             if key_file.exists():
                 client = Client(f"http://127.0.0.1:{port}", key_file.read_text().strip(), key_file)
                 if client.is_ready():
-                    console.print(f"The service runs at {client.url}; its page is {client.url}/docs")
+                    console.print(f"The service runs; its page is {client.url}/docs", soft_wrap=True)
                     return client
             time.sleep(POLL_SECONDS)
     raise ShadowError(f"The service did not become ready within {START_SECONDS:.0f} s; see {log_file}.")
@@ -238,7 +231,7 @@ def _upload(client: Client, path: Path) -> str:
         file = client.get(f"/v1/files/{file['id']}")
     if file["status"] == "error":
         raise InvalidInput(f"The file {path.name} cannot be used: {file['status_details']}")
-    console.print(f"Uploaded {path.name}: {file['validation']['rows']} rows, {file['id']}", highlight=False)
+    console.print(f"Uploaded {path.name}: {file['validation']['rows']} rows, {file['id']}", soft_wrap=True)
     file_id: str = file["id"]
     return file_id
 
@@ -278,14 +271,24 @@ def _draw(bar: Progress, task: Any, job: dict[str, Any]) -> None:
     bar.update(task, total=progress.get("total_steps"), completed=progress.get("step", 0), note=note)
 
 
-def _ask(instruct: str, grafted: Path, question: str) -> dict[str, str]:
-    """The answer before and after, from the folders themselves."""
-    command = [sys.executable, "-m", "demo.ask", question, instruct, str(grafted)]
+def _one_question(plan: Plan, evaluation: dict[str, Any], model: Path) -> tuple[str, str, str]:
+    """A held-out question, and its answer before and after. The demo's own pair is asked through the downloaded files;
+    of a large one the evaluation's sample is shown, since this machine may not hold it."""
+    sample = evaluation["samples"][0]
+    if plan.instruct is None:
+        return sample["prompt"], sample["answers"]["instruct"], sample["answers"][evaluation["published"]]
+    before, after = _ask(sample["prompt"], plan.instruct, str(model))
+    return sample["prompt"], before, after
+
+
+def _ask(question: str, *folders: str) -> list[str]:
+    """The folders' answers, as anyone gets them who loads these with transformers."""
+    command = [sys.executable, "-m", "demo.ask", question, *folders]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ShadowError(f"The downloaded model could not be asked: {done.stderr.strip().splitlines()[-1:]}")
-    before, after = msgspec.json.decode(done.stdout)
-    return {"before": before, "after": after}
+    answers: list[str] = msgspec.json.decode(done.stdout)
+    return answers
 
 
 # --- around the acts ------------------------------------------------------------------------------------------------
