@@ -12,6 +12,7 @@ import pwd
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,9 @@ START_SECONDS = 60.0
 STOP_SECONDS = 15.0
 #: The intervals of a service under test: what takes a minute in production takes six seconds.
 SHORT = {"SHADOWFT_LEASE_SECONDS": "6", "SHADOWFT_BEAT_SECONDS": "0.5", "SHADOWFT_SWEEP_SECONDS": "0.5"}
+
+#: For `verify` of an HTTP client: making its own takes 50 ms, and nothing here speaks TLS.
+PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 _PR_SET_PDEATHSIG = 1
 _numbers = count(1)
@@ -101,6 +105,15 @@ class Postgres:
         finally:
             self.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
+    def take_away(self, url: str) -> None:
+        """Cut every connection to the database and refuse new ones."""
+        name = make_url(url).database
+        self.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        self.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")  # noqa: S608
+
+    def bring_back(self, url: str) -> None:
+        self.execute(f"ALTER DATABASE {make_url(url).database} ALLOW_CONNECTIONS true")
+
 
 @contextmanager
 def run_postgres() -> Iterator[Postgres]:
@@ -112,7 +125,9 @@ def run_postgres() -> Iterator[Postgres]:
         # Nothing here must survive a power cut, so nothing waits for the disk.
         fast = ["-F", "-c", "full_page_writes=off", "-c", "synchronous_commit=off", "-c", "max_connections=200"]
         where = ["-D", data, "-h", HOST, "-p", str(port), "-k", ""]
-        with ended(_unprivileged([_postgres_program("postgres"), *where, *fast], at_death=signal.SIGQUIT), signal.SIGINT):
+        with ended(
+            _unprivileged([_postgres_program("postgres"), *where, *fast], at_death=signal.SIGQUIT), signal.SIGINT
+        ):
             server = Postgres(port)
             wait_until(lambda: _answers(lambda: server.execute("SELECT 1")), seconds=START_SECONDS)
             _make_template(server)
@@ -137,18 +152,31 @@ def _postgres_program(name: str) -> str:
 
 @contextmanager
 def run_redis() -> Iterator[str]:
-    """Its URL."""
+    """Its URL without a database; there are a thousand of them."""
     program = shutil.which("redis-server")
     if program is None:
         missing("redis-server is not installed")
     folder, port = _private_folder("redis"), free_port()
-    options = ["--bind", HOST, "--port", str(port), "--dir", folder, "--save", "", "--appendonly", "no"]
+    options = [
+        "--bind",
+        HOST,
+        "--port",
+        str(port),
+        "--dir",
+        folder,
+        "--save",
+        "",
+        "--appendonly",
+        "no",
+        "--databases",
+        "1000",
+    ]
     try:
         with ended(_unprivileged([program, *options]), signal.SIGTERM):
             client = redis.Redis(host=HOST, port=port)
             wait_until(lambda: _answers(client.ping), seconds=START_SECONDS)
             client.close()
-            yield f"redis://{HOST}:{port}/0"
+            yield f"redis://{HOST}:{port}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -261,7 +289,8 @@ def run_api(settings: Settings) -> Iterator[Api]:
         database = open_database(settings)
         url = f"http://{HOST}:{port}"
         try:
-            with httpx.Client(base_url=url, headers={"authorization": f"Bearer {admin_key}"}, timeout=30) as http:
+            headers = {"authorization": f"Bearer {admin_key}"}
+            with httpx.Client(base_url=url, headers=headers, timeout=30, verify=PLAIN) as http:
                 wait_until(lambda: server.started)
                 yield Api(url, port, admin_key, settings, database, http)
         finally:
@@ -316,7 +345,7 @@ def _is_ready(process: subprocess.Popen[bytes], url: str, data_dir: Path) -> boo
     if process.poll() is not None:
         pytest.fail(f"shadowft serve ended with {process.returncode}:\n{(data_dir / 'serve.log').read_text()[-4000:]}")
     try:
-        answer = httpx.get(f"{url}/readyz", timeout=5)
+        answer = httpx.get(f"{url}/readyz", timeout=5, verify=PLAIN)
     except httpx.TransportError:
         return False
     return answer.status_code == 200 and answer.json()["status"] == "ok"

@@ -1,0 +1,3 @@
+from tests.api.talk import client
+
+__all__ = ["client"]

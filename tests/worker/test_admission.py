@@ -1,0 +1,259 @@
+"""Admission: every `auto` becomes a number, and what cannot succeed is refused before it costs a GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from sqlalchemy import delete, update
+
+from api.routes.jobs import Hyperparameters, ShadowOptions
+from core import jobs
+from core.ids import new_id
+from core.job_spec import JobSpec
+from core.models import File, Job
+from core.storage import LocalStorage
+from tests.core.test_jobs import act, make_team, messages, read
+from worker.admission import admit_waiting
+from worker.pipeline import Context
+
+CONFIG = {
+    "model_type": "qwen3",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 32,
+    "tie_word_embeddings": True,
+}
+SHAPES = {
+    "self_attn.q_proj": (16, 16),
+    "self_attn.k_proj": (8, 16),
+    "mlp.gate_proj": (32, 16),
+    "mlp.down_proj": (16, 32),
+}
+
+
+def write_model(folder, *, hidden=16, layers=2, **config):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(
+        json.dumps(CONFIG | {"hidden_size": hidden, "num_hidden_layers": layers} | config)
+    )
+    tensors = {"model.embed_tokens.weight": np.zeros((32, hidden), dtype=np.float32)}
+    for layer in range(layers):
+        for name, (rows, columns) in SHAPES.items():
+            shape = tuple(hidden if size == 16 else size for size in (rows, columns))
+            tensors[f"model.layers.{layer}.{name}.weight"] = np.zeros(shape, dtype=np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path):
+    for name in ("base", "instruct"):
+        write_model(tmp_path / "models" / name)
+    return tmp_path / "models"
+
+
+@pytest.fixture
+def context(settings, database):
+    storage = LocalStorage(settings.storage_dir)
+    return Context(settings=settings, database=database, storage=storage, device="cpu", draining=threading.Event())
+
+
+@pytest.fixture
+def team_id(database):
+    return make_team(database)
+
+
+@pytest.fixture
+def make_file(database, team_id):
+    def make(status="processed", rows=100, details=None):
+        file = File(
+            id=new_id("file-"), team_id=team_id, filename="rows.jsonl", purpose="fine-tune", bytes=1, sha256="0" * 64,
+            storage_key="k", status=status, status_details=details, report={"ok": True, "rows": rows},
+        )  # fmt: skip
+        act(database, lambda session: session.add(file))
+        return file.id
+
+    return make
+
+
+@pytest.fixture
+def submit(database, team_id, make_file, models):
+    """A job as the API writes it."""
+
+    def make(file_id=None, *, hyperparameters=None, shadow=None, base="base", **fields):
+        local = {
+            name: {"kind": "local", "location": str(models / folder)}
+            for name, folder in (("base", base), ("instruct", "instruct"))
+        }
+        request = {
+            "pair": {"name": "tiny", **local},
+            "hyperparameters": Hyperparameters(**hyperparameters or {}).model_dump(mode="json"),
+            "shadow": ShadowOptions(**shadow or {}).model_dump(mode="json"),
+        }
+        job = Job(
+            team_id=team_id, kind="fine_tune", model="tiny", training_file_id=file_id or make_file(), seed=1,
+            request=request, **fields,
+        )  # fmt: skip
+        return act(database, jobs.create, job).id
+
+    return make
+
+
+@pytest.fixture
+def admitted(context, database, submit):
+    """The spec of a job after its admission."""
+
+    def make(*args, **kwargs):
+        job_id = submit(*args, **kwargs)
+        assert admit_waiting(context) == 1
+        job = read(database, job_id)
+        assert job.status == "queued", job.error
+        return JobSpec.model_validate(job.spec)
+
+    return make
+
+
+def test_every_auto_becomes_the_papers_number(admitted):
+    tuning = admitted().tuning
+    assert (tuning.n_epochs, tuning.batch_size, tuning.learning_rate) == (1, 32, 2e-4)
+    assert (tuning.type, tuning.rank, tuning.alpha) == ("lora", 8, 16)  # the smallest dimension of a linear is 8
+
+
+def test_a_batch_is_not_larger_than_the_file(admitted, make_file):
+    assert admitted(make_file(rows=7)).tuning.batch_size == 7
+
+
+def test_full_tuning_has_its_own_rate_and_no_rank(admitted):
+    tuning = admitted(shadow={"tuning": {"type": "full"}}).tuning
+    assert (tuning.learning_rate, tuning.rank, tuning.alpha, tuning.dropout) == (1e-5, 0, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rate", "multiplier", "expected"),
+    [("auto", 0.5, 1e-4), ("auto", "auto", 2e-4), (1e-3, "auto", 1e-3), (1e-3, 2.0, 2e-3), ("auto", 3.0, 6e-4)],
+)
+def test_the_multiplier_multiplies_the_rate_whoever_chose_it(admitted, rate, multiplier, expected):
+    asked = {"hyperparameters": {"learning_rate_multiplier": multiplier}, "shadow": {"tuning": {"learning_rate": rate}}}
+    assert admitted(**asked).tuning.learning_rate == pytest.approx(expected)
+
+
+def test_what_was_asked_for_is_kept(admitted):
+    spec = admitted(
+        hyperparameters={"n_epochs": 3, "batch_size": 5},
+        shadow={"tuning": {"rank": 4, "alpha": 5, "max_length": 64}, "graft": {"scale": 0.5, "scope": "all"}},
+        suffix="mine",
+    )
+    assert (spec.tuning.n_epochs, spec.tuning.batch_size, spec.tuning.rank, spec.tuning.alpha) == (3, 5, 4, 5)
+    assert (spec.graft.scale, spec.graft.scope, spec.seed) == (0.5, "all", 1)
+    assert spec.fine_tuned_model == f"ft:tiny:blue:mine:{spec.job_id[-8:]}"
+
+
+def test_a_direct_job_tunes_the_instruct_model(admitted):
+    spec = admitted(shadow={"strategy": "direct"})
+    assert (spec.start, spec.scales) == (spec.pair.instruct, (1.0,))
+
+
+def test_an_admission_tells_what_it_chose_and_what_it_will_take(context, database, submit):
+    job_id = submit()
+    admit_waiting(context)
+    assert messages(database, job_id)[-2:] == [
+        "Chosen: LoRA of rank 8, 1 epochs, batch size 32, learning rate 0.0002",
+        "Files validated, moving job to queued state",
+    ]
+    assert read(database, job_id).memory_bytes > 2**30
+
+
+def test_a_longer_row_and_a_larger_batch_need_more_memory(context, database, submit):
+    sizes = []
+    for batch, length in ((1, 64), (8, 64), (8, 512)):
+        job_id = submit(hyperparameters={"batch_size": batch}, shadow={"tuning": {"max_length": length}})
+        admit_waiting(context)
+        sizes.append(read(database, job_id).memory_bytes)
+    assert sizes == sorted(set(sizes))
+
+
+def test_a_rank_beyond_the_smallest_linear_is_refused(context, database, submit):
+    job_id = submit(shadow={"tuning": {"rank": 9}})
+    assert admit_waiting(context) == 1
+    job = read(database, job_id)
+    assert (job.status, job.error["param"]) == ("failed", "shadow.tuning.rank")
+    assert "dimension 8" in job.error["message"]
+
+
+def test_a_pair_that_does_not_fit_is_refused_with_every_reason(context, database, submit, models):
+    write_model(models / "other", hidden=24, layers=3, vocab_size=40)
+    job_id = submit(base="other")
+    admit_waiting(context)
+    job = read(database, job_id)
+    assert (job.status, job.error["code"], job.error["fault"]) == ("failed", "pair_refused", "user")
+    for word in ("hidden_size", "num_hidden_layers"):
+        assert word in job.error["message"]
+    assert messages(database, job_id)[-1].startswith("The job failed: ")
+
+
+def test_a_model_that_has_gone_is_named(context, database, submit, models):
+    job_id = submit()
+    shutil.rmtree(models / "base")
+    admit_waiting(context)
+    assert (read(database, job_id).status, read(database, job_id).error["code"]) == ("failed", "model_not_found")
+
+
+def test_a_file_that_is_not_checked_yet_is_waited_for(context, database, submit, make_file):
+    file_id = make_file("uploaded")
+    job_id = submit(file_id)
+    assert admit_waiting(context) == 0
+    assert read(database, job_id).status == "validating_files"
+    act(database, lambda session: session.execute(update(File).values(status="processed")))
+    assert admit_waiting(context) == 1
+    assert read(database, job_id).status == "queued"
+
+
+def test_a_bad_or_deleted_file_is_named(context, database, submit, make_file):
+    bad, gone = submit(make_file("error", details="Row 3 is empty.")), make_file()
+    deleted = submit(gone)
+    act(database, lambda session: session.execute(delete(File).where(File.id == gone)))
+    assert admit_waiting(context) == 2
+    for job_id, code in ((bad, "invalid_training_file"), (deleted, "file_not_found")):
+        job = read(database, job_id)
+        assert (job.status, job.error["code"], job.error["param"]) == ("failed", code, "training_file")
+    assert "Row 3 is empty." in read(database, bad).error["message"]
+
+
+def test_a_job_that_nobody_foresaw_ends_and_lets_the_next_one_pass(context, database, submit, models):
+    """A model whose config lacks the numbers that every estimate needs, say."""
+    for name in ("base", "instruct"):
+        config = json.loads((models / name / "config.json").read_text())
+        del config["vocab_size"]
+        (models / name / "config.json").write_text(json.dumps(config))
+    odd = submit()
+    write_model(models / "other", hidden=24)
+    next_one = submit(base="other")
+    assert admit_waiting(context) == 2
+    assert (read(database, odd).status, read(database, next_one).status) == ("failed", "failed")
+    assert read(database, next_one).error["code"] == "pair_refused"
+
+
+def test_two_admissions_at_once_admit_once(context, database, submit):
+    job_id = submit()
+    done = []
+    threads = [threading.Thread(target=lambda: done.append(admit_waiting(context))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(done) == 1
+    assert messages(database, job_id).count("Files validated, moving job to queued state") == 1
+
+
+def test_a_job_cancelled_meanwhile_stays_cancelled(context, database, submit):
+    job_id = submit()
+    act(database, jobs.request_cancel, job_id)
+    assert admit_waiting(context) == 0
+    assert read(database, job_id).status == "cancelled"

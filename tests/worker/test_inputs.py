@@ -1,0 +1,213 @@
+"""What a job reads is brought into its workspace: files from storage, models from a Hub of the loopback.
+
+The Hub's client reads HF_ENDPOINT when it is imported, so that its part runs in a child.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from core.config import Settings
+from core.errors import InvalidInput
+from core.job_spec import DataSource, ModelSource, PairSource
+from core.storage import LocalStorage
+from tests import fake_hub
+from tests.core.test_jobs import make_spec
+from tests.core.test_pairs import write_model
+from tests.servers import free_port
+from worker.inputs import fetch
+from worker.workspace import Workspace
+
+ROOT = Path(__file__).parents[2]
+
+
+# --- from storage and local folders -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return Settings(_env_file=None, data_dir=tmp_path / "data")
+
+
+@pytest.fixture
+def storage(settings):
+    return LocalStorage(settings.storage_dir)
+
+
+@pytest.fixture
+def spec(tmp_path):
+    models = {name: write_model(tmp_path / "models" / name) for name in ("base", "instruct")}
+    local = {name: ModelSource(kind="local", location=str(folder)) for name, folder in models.items()}
+    return make_spec("ftjob-1").model_copy(update={"pair": PairSource(name="tiny", **local)})
+
+
+def put(storage, key, content):
+    incoming = storage.receive(key)
+    incoming.write(content)
+    incoming.keep()
+    return DataSource(file_id=f"file-{key}", filename="rows.jsonl", storage_key=key, sha256="0" * 64)
+
+
+def test_a_workspace_is_filled_with_links_and_its_spec(spec, storage, settings, tmp_path):
+    probes = spec.evaluation.model_copy(update={"probes": {"general": put(storage, "g", b"general")}})
+    filled = {"training": put(storage, "t", b"rows"), "validation": put(storage, "v", b"held"), "evaluation": probes}
+    spec, workspace = spec.model_copy(update=filled), Workspace(tmp_path / "job")
+    for _ in range(2):  # a second attempt meets what the first one left
+        fetch(spec, workspace, storage=storage, settings=settings)
+    assert workspace.spec() == spec
+    assert workspace.training.read_bytes() == b"rows"
+    assert workspace.validation.read_bytes() == b"held"
+    assert workspace.probe("general").read_bytes() == b"general"
+    assert workspace.base.resolve() == Path(spec.pair.base.location)
+    assert (workspace.instruct / "config.json").exists()
+
+
+def test_a_file_that_was_deleted_meanwhile_is_named(spec, storage, settings, tmp_path):
+    with pytest.raises(InvalidInput, match=r"rows\.jsonl") as caught:
+        fetch(spec, Workspace(tmp_path / "job"), storage=storage, settings=settings)
+    assert caught.value.code == "file_not_found"
+
+
+def test_a_model_folder_that_was_emptied_meanwhile_is_named(spec, storage, settings, tmp_path):
+    (Path(spec.pair.base.location) / "config.json").unlink()
+    spec = spec.model_copy(update={"training": put(storage, "t", b"rows")})
+    with pytest.raises(InvalidInput, match=r"config\.json"):
+        fetch(spec, Workspace(tmp_path / "job"), storage=storage, settings=settings)
+
+
+# --- from the Hub -----------------------------------------------------------------------------------------------------
+
+CLIENT = """
+    import json, sys
+    from pathlib import Path
+    from core.checkpoints import read_hub_checkpoint
+    from core.errors import ShadowError
+    from core.hub import pin
+    from core.job_spec import ModelSource
+    from worker.inputs import download
+
+    cache = Path(sys.argv[1])
+    answers = []
+    for act, repository, revision in json.loads(sys.argv[2]):
+        source = ModelSource(kind="hub", location=repository, revision=revision)
+        try:
+            if act == "pin":
+                answers.append(pin(source).revision)
+            elif act == "headers":
+                answers.append(sorted(read_hub_checkpoint(repository, revision, cache_dir=cache).tensors))
+            else:
+                folder = download(pin(source), cache)
+                answers.append({path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*")})
+        except ShadowError as error:
+            answers.append({"error": type(error).__name__, **error.cause.as_dict()})
+    print(json.dumps(answers))
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """The Hub's folder, and `ask(*acts)`: what the client answers in a process of its own."""
+    folder = tmp_path / "hub"
+    with fake_hub.serve(folder) as url:
+
+        def ask(*acts, url=url, **env):
+            program = [sys.executable, "-c", textwrap.dedent(CLIENT), str(tmp_path / "cache"), json.dumps(acts)]
+            ours = {
+                "HF_ENDPOINT": url,
+                "HF_HOME": str(tmp_path / "home"),
+                "PYTHONPATH": str(ROOT),
+                "HF_HUB_DISABLE_XET": "1",
+            }
+            done = subprocess.run(
+                program, env={**os.environ, **ours, **env}, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            return json.loads(done.stdout.splitlines()[-1])  # the lines before are its log
+
+        ask.folder = folder
+        yield ask
+
+
+def requests(hub):
+    return (hub.folder / "requests.log").read_text().splitlines()
+
+
+WANTED = ("config.json", "model.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja", "LICENSE")
+UNWANTED = (
+    *("pytorch_model.bin", "training_args.bin", "optimizer.pt", "modeling_x.py", "onnx/model.onnx", "README.md"),
+    *("consolidated.safetensors", "original/params.json", "adapter_model.safetensors", "adapter_config.json"),
+)
+
+
+def make_model(hub, name="acme/one"):
+    folder = write_model(hub.folder / name)
+    for file in set(WANTED) | set(UNWANTED):
+        path = folder / file
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            path.write_text(f"{file} of {name}")
+    return folder
+
+
+def test_only_what_a_model_needs_is_fetched_and_only_once(hub):
+    make_model(hub)
+    first, second = hub(["download", "acme/one", None], ["download", "acme/one", None])
+    assert set(first) == set(WANTED)
+    assert first == second
+    fetched = [line.rpartition("/")[2] for line in requests(hub) if line.startswith("GET") and "/resolve/" in line]
+    assert sorted(fetched) == sorted(WANTED)
+
+
+def test_a_revision_is_pinned_to_the_commit_that_it_means_now(hub):
+    folder = make_model(hub)
+    (first,) = hub(["pin", "acme/one", "main"])
+    assert len(first) == 40
+    (folder / "config.json").write_text("{}")
+    second, absent = hub(["pin", "acme/one", None], ["pin", "acme/one", "v9"])
+    assert second != first
+    assert (absent["code"], absent["retryable"]) == ("model_not_found", False)
+    assert "v9" in absent["message"]
+
+
+def test_headers_are_read_without_the_weights(hub):
+    (make_model(hub) / "modeling_x.py").unlink()
+    (names,) = hub(["headers", "acme/one", "main"])
+    assert names == ["model.layers.0.self_attn.q_proj.weight"]
+
+
+def test_a_model_that_brings_code_is_refused(hub):
+    make_model(hub)
+    (answer,) = hub(["headers", "acme/one", "main"])
+    assert (answer["code"], answer["fault"]) == ("remote_code_refused", "user")
+
+
+def test_a_gated_and_an_absent_model_are_the_users_to_mend(hub):
+    folder = make_model(hub)
+    (folder / fake_hub.TROUBLE).write_text('{"gated": true}')
+    gated, absent = hub(["download", "acme/one", None], ["pin", "acme/absent", None])
+    assert (gated["code"], gated["retryable"], gated["fault"]) == ("gated_model", False, "user")
+    assert "HF_TOKEN" in gated["hint"]
+    assert (absent["code"], absent["retryable"]) == ("model_not_found", False)
+    assert "acme/absent" in absent["message"]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_hub_in_trouble_is_asked_again_later(hub, status):
+    folder = make_model(hub)
+    (folder / fake_hub.TROUBLE).write_text(json.dumps({"status": status}))
+    (answer,) = hub(["pin", "acme/one", None])
+    assert (answer["code"], answer["retryable"], answer["fault"]) == ("hub_unavailable", True, "infrastructure")
+
+
+def test_a_hub_that_is_away_is_asked_again_later(hub):
+    make_model(hub)
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    answers = hub(["pin", "acme/one", None], ["headers", "acme/one", "main"], url=nowhere)
+    assert [(answer["code"], answer["retryable"]) for answer in answers] == [("hub_unavailable", True)] * 2

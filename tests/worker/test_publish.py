@@ -1,0 +1,138 @@
+"""What a job publishes: every file with its hash, nothing that was not written so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+from core.errors import LeaseLost, StepFailed
+from core.jobs import Claim
+from core.storage import LocalStorage
+from tests.core.test_jobs import make_spec
+from worker.publish import metrics_csv, prefix, publish
+from worker.workspace import Workspace
+
+CLAIM = Claim("ftjob-1", 3)
+METRICS = [{"step": 1, "train_loss": 2.5, "train_mean_token_accuracy": 0.5}, {"step": 2, "valid_loss": 1.25}]
+
+
+@pytest.fixture
+def spec():
+    return make_spec(CLAIM.job_id)
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return LocalStorage(tmp_path / "storage")
+
+
+@pytest.fixture
+def workspace(tmp_path, spec):
+    """What the steps leave behind."""
+    made = Workspace(tmp_path / "job")
+    model = made.grafted(spec.scales[0])
+    write(model / "config.json", "{}")
+    write(model / "model.safetensors", "weights")
+    write(model / "README.md", "# A model")
+    hashes = {name: {"sha256": sha256((model / name).read_bytes())} for name in ("config.json", "model.safetensors")}
+    write(model / "manifest.json", json.dumps({"files": hashes}))
+    write(made.adapter / "adapter_model.safetensors", "adapter")
+    write(made.metrics, "".join(json.dumps(line) + "\n" for line in METRICS))
+    write(made.result("train"), json.dumps({"trained_tokens": 77}))
+    write(made.report, json.dumps({"verdict": "better"}))
+    write(made.report.with_suffix(".md"), "better")
+    return made
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def run(spec, workspace, storage, check=lambda: None):
+    return publish(spec, workspace, CLAIM, team_id="team-1", storage=storage, check=check)
+
+
+def test_every_file_is_stored_and_listed_with_its_hash(spec, workspace, storage):
+    outcome = run(spec, workspace, storage)
+    kinds = {artifact.path: artifact.kind for artifact in outcome.artifacts}
+    assert kinds == {
+        "model/config.json": "model", "model/model.safetensors": "model", "model/manifest.json": "model",
+        "model/README.md": "card", "adapter/adapter_model.safetensors": "adapter", "report.json": "report",
+        "report.md": "report", "metrics.jsonl": "metrics", "manifest.json": "report",
+    }  # fmt: skip
+    for artifact in outcome.artifacts:
+        content = storage.path(artifact.storage_key).read_bytes()
+        assert (artifact.bytes, artifact.sha256) == (len(content), sha256(content))
+        assert (artifact.job_id, artifact.team_id) == (CLAIM.job_id, "team-1")
+    assert (outcome.trained_tokens, outcome.evaluation) == (77, {"verdict": "better"})
+
+
+def test_the_manifest_lists_every_other_file(spec, workspace, storage):
+    outcome = run(spec, workspace, storage)
+    listed = json.loads(storage.path(f"{prefix(CLAIM)}/manifest.json").read_bytes())["files"]
+    others = {artifact.path: artifact.sha256 for artifact in outcome.artifacts if artifact.path != "manifest.json"}
+    assert {path: entry["sha256"] for path, entry in listed.items()} == others
+
+
+def test_an_attempt_writes_below_its_own_prefix_only(spec, workspace, storage):
+    outcome = run(spec, workspace, storage)
+    keys = [one.storage_key for one in [*outcome.artifacts, *outcome.result_files]]
+    assert all(key.startswith("jobs/ftjob-1/a3/") for key in keys)
+    storage.delete(prefix(CLAIM))
+    assert [path for path in storage.path("").rglob("*") if path.is_file()] == []
+
+
+def test_full_tuning_publishes_no_adapter(spec, workspace, storage):
+    full = spec.model_copy(update={"tuning": spec.tuning.model_copy(update={"type": "full"})})
+    assert "adapter" not in {artifact.kind for artifact in run(full, workspace, storage).artifacts}
+
+
+def test_a_file_that_changed_since_the_graft_is_not_published(spec, workspace, storage):
+    write(workspace.grafted(spec.scales[0]) / "model.safetensors", "weighty")
+    with pytest.raises(StepFailed) as caught:
+        run(spec, workspace, storage)
+    cause = caught.value.cause
+    assert (cause.code, cause.fault, cause.retryable) == ("artifact_damaged", "infrastructure", True)
+
+
+def test_a_file_that_is_missing_since_the_graft_is_noticed(spec, workspace, storage):
+    (workspace.grafted(spec.scales[0]) / "model.safetensors").unlink()
+    with pytest.raises(StepFailed, match=r"model\.safetensors"):
+        run(spec, workspace, storage)
+
+
+def test_the_lease_is_asked_before_each_file(spec, workspace, storage):
+    asked = []
+
+    def check():
+        asked.append(1)
+        if len(asked) == 3:
+            raise LeaseLost("taken")
+
+    with pytest.raises(LeaseLost):
+        run(spec, workspace, storage, check)
+    assert len([path for path in storage.path("").rglob("*") if path.is_file()]) == 2
+
+
+def test_the_result_file_is_the_contracts_csv(spec, workspace, storage):
+    (file,) = run(spec, workspace, storage).result_files
+    assert (file.purpose, file.filename, file.status) == ("fine-tune-results", "step_metrics.csv", "processed")
+    content = storage.path(file.storage_key).read_bytes()
+    assert (file.bytes, file.sha256) == (len(content), sha256(content))
+    assert content.decode() == metrics_csv(workspace.metrics.read_text())
+
+
+def test_the_csv_is_blank_where_a_step_did_not_measure():
+    lines = "".join(json.dumps(line) + "\n" for line in METRICS)
+    assert metrics_csv(lines).splitlines() == [
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy",
+        "1,2.5,0.5,,",
+        "2,,,1.25,",
+    ]
