@@ -118,5 +118,7 @@ def _request_id(headers: Headers) -> str:
 
 def _in_words(error: Exception, request_id: str) -> ShadowError:
     if isinstance(error, OperationalError | PoolTimeout):
-        return Unavailable(f"The database does not answer. The operator finds the reason in the log under {request_id}.")
+        return Unavailable(
+            f"The database does not answer. The operator finds the reason in the log under {request_id}."
+        )
     return ShadowError(f"The server met an unexpected error. Its operator finds it in the log under {request_id}.")

@@ -10,6 +10,7 @@ from typing import Any
 
 import structlog
 from sqlalchemy import select
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from core import jobs
@@ -50,6 +51,11 @@ def _admit(context: Context, job_id: str) -> bool:
         return files is not None and _resolve(context, job, files, team)
     except ShadowError as error:
         return _turn_down(context, job_id, error.cause)
+    except OperationalError:  # the database is away: the sweep asks again
+        raise
+    except Exception:  # a job that nobody foresaw must not hold up those behind it
+        log.exception("admission_crashed")
+        return _turn_down(context, job_id, _our_fault())
     finally:
         structlog.contextvars.unbind_contextvars("job_id")
 
@@ -63,6 +69,15 @@ def _turn_down(context: Context, job_id: str, cause: Cause) -> bool:
         session.commit()
     log.info("job_refused", code=cause.code, cause=cause.message)
     return refused
+
+
+def _our_fault() -> Cause:
+    return Cause(
+        code="internal_error",
+        message="The job could not be prepared because of an unexpected error.",
+        hint="The operator finds it in the log of the light worker.",
+        fault="infrastructure",
+    )
 
 
 def _resolve(context: Context, job: Job, files: dict[str, File], team: Team) -> bool:

@@ -5,13 +5,15 @@ Models come from one cache that all jobs of this machine share; a workspace hold
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
 from huggingface_hub import snapshot_download
 
 from core.config import Settings
-from core.errors import InvalidInput
+from core.errors import InvalidInput, Unavailable
 from core.hub import hub_errors
 from core.job_spec import DataSource, JobSpec, ModelSource
 from core.storage import Storage
@@ -55,7 +57,7 @@ def _model_folder(source: ModelSource, settings: Settings) -> Path:
 def download(source: ModelSource, cache: Path) -> Path:
     """The folder of a pinned Hub snapshot, downloaded where it is not in the cache yet."""
     log.info("model_fetch", repository=source.location, revision=source.revision)
-    with hub_errors(source.location, source.revision):
+    with _disk_errors(), hub_errors(source.location, source.revision):
         return Path(
             snapshot_download(
                 source.location,
@@ -65,6 +67,18 @@ def download(source: ModelSource, cache: Path) -> Path:
                 ignore_patterns=NOT_MODEL_FILES,
             )
         )
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(
+            f"The worker's disk refused a model file ({error.strerror or error}).",
+            code="storage_unavailable",
+            hint="Free space in the worker's data folder.",
+        ) from error
 
 
 def _link(target: Path, link: Path) -> None:

@@ -51,10 +51,10 @@ def _index(wanted: str) -> int:
 
 
 def _gpu_memory_bytes() -> list[int]:
-    """Each GPU's memory, by index; empty where there is no driver."""
+    """Each GPU's memory, by index (0 where the driver does not say); empty where there is no driver."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [int(line) * MEBIBYTE for line in done.stdout.split() if line.isdecimal()]
+    return [int(line) * MEBIBYTE if line.strip().isdecimal() else 0 for line in done.stdout.splitlines()]

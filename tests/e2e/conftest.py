@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import pytest
 import torch
 from openai import OpenAI
@@ -88,6 +89,14 @@ def follow(ready: Ready, job_id: str, until: Callable[[Any], bool], seconds: flo
             return job
         time.sleep(0.1)
     pytest.fail(f"{job}\n" + "\n".join(messages(ready, job_id)))
+
+
+def command_line(process: psutil.Process) -> list[str]:
+    """Empty for a process that has just ended."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def has_ended(job: Any) -> bool:

@@ -11,10 +11,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.conftest import Ready, artifacts, follow, has_ended, messages, submit
+from tests.e2e.conftest import Ready, artifacts, command_line, follow, has_ended, messages, submit
 from tests.servers import wait_until
 
-pytestmark = pytest.mark.xdist_group("e2e")
+pytestmark = pytest.mark.xdist_group("e2e-life")
 
 #: Some minutes of training: whatever the test does, it does in the middle.
 LONG = {"n_epochs": 50, "batch_size": 1}
@@ -38,13 +38,6 @@ def processes(ready: Ready, words: str) -> list[psutil.Process]:
     """The service's processes whose command line holds `words`."""
     family = psutil.Process(ready.process.pid).children(recursive=True)
     return [process for process in family if words in " ".join(command_line(process))]
-
-
-def command_line(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
 
 
 def test_a_running_job_is_cancelled_and_leaves_nothing(embedded: Ready):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.e2e.conftest import Ready, Tiny, artifacts, download, follow, has_ended, messages, submit
 
-pytestmark = pytest.mark.xdist_group("e2e")
+pytestmark = pytest.mark.xdist_group("e2e-main")
 
 TUNING = {"learning_rate": 1e-2, "rank": 4}
 
