@@ -11,6 +11,7 @@ raised. No verb commits: the caller does, and only then nudges a worker.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,6 +32,9 @@ Wish = Literal["run", "pause", "cancel"]
 TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 #: States from which a cancel needs no worker's help.
 CANCELLED_AT_ONCE: frozenset[str] = frozenset({"validating_files", "queued", "paused"})
+
+#: The first wait before something that the infrastructure failed is tried again.
+RETRY_SECONDS = 30.0
 
 #: Rows that one sweep handles of each kind; the next sweep takes the rest.
 SWEEP_LIMIT = 100
@@ -95,7 +99,13 @@ def admit(session: Session, job_id: str, spec: JobSpec, *, memory_bytes: int, no
     changed = session.execute(
         update(Job)
         .where(Job.id == job_id, Job.status == "validating_files")
-        .values(status="queued", spec=spec.model_dump(mode="json"), memory_bytes=memory_bytes)
+        .values(
+            status="queued",
+            spec=spec.model_dump(mode="json"),
+            memory_bytes=memory_bytes,
+            infra_retries=0,
+            not_before=None,
+        )
         .returning(Job.id)
     ).first()
     if changed is None:
@@ -108,6 +118,25 @@ def admit(session: Session, job_id: str, spec: JobSpec, *, memory_bytes: int, no
 def refuse(session: Session, job_id: str, cause: Cause) -> bool:
     """validating_files -> failed. False where the job has left that state meanwhile."""
     return _end(session, job_id, Job.status == "validating_files", "failed", cause)
+
+
+def postpone(session: Session, job_id: str, cause: Cause, *, max_retries: int) -> None:
+    """Look at a job in `validating_files` again later, or end it once its retries are spent."""
+    waiting = and_(Job.id == job_id, Job.status == "validating_files")
+    tried = session.execute(select(Job.infra_retries).where(waiting).with_for_update()).scalar()
+    if tried is None:
+        return
+    if tried >= max_retries:
+        refuse(session, job_id, cause)
+        return
+    delay = retry_delay_seconds(tried)
+    session.execute(update(Job).where(waiting).values(infra_retries=tried + 1, not_before=db_now(delay)))
+    add_events(session, job_id, [NewEvent(f"{cause.message} The job is tried again in about {delay:.0f} s", "warn")])
+
+
+def retry_delay_seconds(tried: int) -> float:
+    """Doubled at each try, and spread so that jobs which failed together do not come back together."""
+    return RETRY_SECONDS * float(2**tried) * random.uniform(0.8, 1.2)  # noqa: S311 - guards nothing
 
 
 # --- under a claim --------------------------------------------------------------------------------------------------
@@ -297,7 +326,7 @@ def sweep(session: Session, *, max_lost_workers: int, stale_worker_seconds: floa
         session.delete(worker)
     return Waiting(
         jobs=_any(session, Job.id, and_(Job.status == "queued", _due())),
-        admissions=_any(session, Job.id, Job.status == "validating_files"),
+        admissions=_any(session, Job.id, admissible()),
         files=_any(session, File.id, file_waits()),
         lost=lost,
     )
@@ -385,6 +414,11 @@ def _insert_events(session: Session, job_id: str, events: Sequence[NewEvent], *,
         )
         for seq, event in enumerate(events, start=first)
     )
+
+
+def admissible() -> ColumnElement[bool]:
+    """Jobs whose admission may be tried now."""
+    return and_(Job.status == "validating_files", _due())
 
 
 def _due() -> ColumnElement[bool]:

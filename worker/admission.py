@@ -37,7 +37,7 @@ log = structlog.get_logger(__name__)
 def admit_waiting(context: Context) -> int:
     """Admit or refuse every job whose files are ready; the number of jobs that left `validating_files`."""
     with context.database.reading() as session:
-        waiting = session.scalars(select(Job.id).where(Job.status == "validating_files").order_by(Job.id)).all()
+        waiting = session.scalars(select(Job.id).where(jobs.admissible()).order_by(Job.id)).all()
     return sum(_admit(context, job_id) for job_id in waiting if not context.draining.is_set())
 
 
@@ -61,13 +61,14 @@ def _admit(context: Context, job_id: str) -> bool:
 
 
 def _turn_down(context: Context, job_id: str, cause: Cause) -> bool:
-    if cause.retryable:  # the Hub is away, say: the sweep asks again
-        log.warning("admission_delayed", code=cause.code, cause=cause.message)
-        return False
     with context.database.writing() as session:
-        refused = jobs.refuse(session, job_id, cause)
+        if cause.retryable:  # the Hub is away, say
+            jobs.postpone(session, job_id, cause, max_retries=context.settings.max_infra_retries)
+            refused = False
+        else:
+            refused = jobs.refuse(session, job_id, cause)
         session.commit()
-    log.info("job_refused", code=cause.code, cause=cause.message)
+    log.info("job_refused" if refused else "admission_delayed", code=cause.code, cause=cause.message)
     return refused
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -25,9 +24,6 @@ from worker.lease import Cancelled, Draining, Lease
 from worker.progress import Line, Metrics, Note, Step
 from worker.step_runner import run_step
 from worker.workspace import Workspace
-
-#: The first wait before a step that the infrastructure failed is tried again; doubled at each further one.
-RETRY_SECONDS = 30.0
 
 log = structlog.get_logger(__name__)
 
@@ -178,7 +174,7 @@ def _judge(context: Context, claim: Claim, cause: Cause) -> None:
         with context.database.reading() as session:
             tried = jobs.infra_retries(session, claim)
         if tried < context.settings.max_infra_retries:
-            delay = RETRY_SECONDS * 2**tried * random.uniform(0.8, 1.2)  # noqa: S311 - spreads retries, guards nothing
+            delay = jobs.retry_delay_seconds(tried)
             reason = f"{cause.message} The job is tried again in about {delay:.0f} s"
             _settle(context, claim, jobs.put_back, reason, charged=True, delay_seconds=delay)
             return

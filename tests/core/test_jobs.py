@@ -777,3 +777,16 @@ def test_every_order_of_verbs_keeps_the_promises(database):
     examples = 20 if database.engine.dialect.name == "sqlite" else 10
     limits = hypothesis_settings(max_examples=examples, stateful_step_count=25, deadline=None)
     run_state_machine_as_test(type("LifeHere", (Life,), {"database": database}), settings=limits)
+
+
+def test_a_postponed_admission_waits_says_why_and_ends_once_its_retries_are_spent(database):
+    job_id = make_job(database, make_team(database), status="validating_files")
+
+    for tried in range(2):
+        act(database, jobs.postpone, job_id, CAUSE, max_retries=2)
+        assert (read(database, job_id).status, read(database, job_id).infra_retries) == ("validating_files", tried + 1)
+        assert not act(database, lambda session: session.scalars(select(Job.id).where(jobs.admissible())).all())
+    act(database, jobs.postpone, job_id, CAUSE, max_retries=2)
+
+    assert read(database, job_id).status == "failed"
+    assert sum("is tried again in about" in message for message in messages(database, job_id)) == 2
