@@ -8,8 +8,9 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import RedirectResponse
+from fastapi_offline import FastAPIOffline
 
-from api.auth import Authentication, bearer
+from api.auth import DOCS_SCRIPTS_PATH, Authentication, bearer
 from api.deps import Service
 from api.errors import ErrorBody, install_error_handlers
 from api.middleware import BodyLimit, CleanAddress, RequestFrame
@@ -53,11 +54,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         yield
         database.close()
 
-    app = FastAPI(
+    # The pages /docs and /redoc with their scripts from this server: it may stand where nothing else can be reached.
+    app = FastAPIOffline(
         title="Shadow-FT Service",
         version=VERSION,
         description=DESCRIPTION,
         lifespan=lifespan,
+        static_url=DOCS_SCRIPTS_PATH,
         swagger_ui_parameters={"persistAuthorization": True},
     )
     app.state.service = Service(settings=settings, database=database, storage=LocalStorage(settings.storage_dir))

@@ -21,6 +21,9 @@ from core.keys import Caller, authenticate
 
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/redoc", "/openapi.json"})
 
+#: Below it lie the scripts of the OpenAPI page.
+DOCS_SCRIPTS_PATH = "/docs-scripts"
+
 #: A revoked key is refused everywhere within this time.
 CACHE_SECONDS = 5.0
 MAX_CACHED_KEYS = 10_000
@@ -31,6 +34,10 @@ bearer = HTTPBearer(
 )
 
 
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(f"{DOCS_SCRIPTS_PATH}/")
+
+
 class Authentication:
     def __init__(self, app: ASGIApp, database: Database) -> None:
         self._app = app
@@ -38,7 +45,7 @@ class Authentication:
         self._known: dict[bytes, tuple[float, Caller]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or _is_open(scope["path"]):
             await self._app(scope, receive, send)
             return
         try:
