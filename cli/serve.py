@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
@@ -16,6 +20,7 @@ import structlog
 import uvicorn
 
 from core.config import Settings, get_settings
+from core.errors import Conflict
 from core.logs import configure_logging
 from core.schema import prepare
 
@@ -68,7 +73,7 @@ class Part:
     def start(self) -> None:
         command = [sys.executable, "-m", "cli", *self.arguments]
         # A group of its own, so that Ctrl-C reaches only this supervisor, which then stops them in order.
-        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
+        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent())
         self.started = time.monotonic()
 
     def watch(self) -> None:
@@ -122,6 +127,12 @@ class Supervisor:
 def serve() -> int:
     settings = get_settings()
     _announce_key(settings)
+    _refuse_taken_port(settings)
+    with _only_one(settings):
+        return _serve(settings)
+
+
+def _serve(settings: Settings) -> int:
     log.info("serving", url=f"http://{settings.host}:{settings.port}", docs="/docs", data=str(settings.data_dir))
     return Supervisor(
         [
@@ -132,8 +143,40 @@ def serve() -> int:
     ).run()
 
 
-def die_with_parent() -> None:
-    """In the new process, before it runs: end it when this supervisor is killed outright."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
+def _refuse_taken_port(settings: Settings) -> None:
+    """Said at once: otherwise the API would die again and again while the workers take jobs."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            raise Conflict(
+                f"The address {settings.host}:{settings.port} cannot be used ({error.strerror}).",
+                hint="Stop what listens there, or choose another SHADOWFT_PORT.",
+            ) from error
+
+
+@contextmanager
+def _only_one(settings: Settings) -> Iterator[None]:
+    """Two services on one data folder would each count on the whole machine's memory."""
+    with (settings.data_dir / "serve.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Conflict(
+                f"Another `shadowft serve` uses the data folder {settings.data_dir}.",
+                hint="Stop it, or give this one another SHADOWFT_DATA_DIR.",
+            ) from error
+        yield
+
+
+def die_with_parent() -> Callable[[], None]:
+    """For Popen's `preexec_fn`: end the new process when the one that starts it is killed outright."""
+    parent = os.getpid()
+
+    def prepare() -> None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return prepare

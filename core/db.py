@@ -111,8 +111,8 @@ def lock_for_setup(connection: Connection) -> None:
 
 
 def open_database(settings: Settings) -> Database:
-    if settings.uses_sqlite:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+    # For its owner alone: customers' rows lie below it.
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     return Database(settings.database)
 
 

@@ -6,33 +6,54 @@ import math
 
 from core.checkpoints import Checkpoint
 from core.config import GIBIBYTE
-from core.graft_plan import is_linear
+from core.graft_plan import is_linear, vocabulary_size
 from core.job_spec import Tuning
 
 #: Interpreter, torch and the allocator's slack.
 PROCESS_BYTES = GIBIBYTE
-#: Tokens that the trainer takes through the model at once, at most (see worker.steps.train).
-TOKENS_AT_ONCE = 8192
-#: Bytes that one token leaves per layer and hidden unit for the backward pass, in float32 without recomputation.
-ACTIVATION_BYTES = 34
+#: Tokens of one forward pass, padding included, as the trainer cuts its batches; a longer row goes through alone.
+#: On a CPU more gain no speed; on a GPU activations are recomputed, which makes room.
+MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 16384}
+#: Bytes that a token leaves per layer and hidden unit for the backward pass: all activations in float32 on a CPU; on a
+#: GPU, where they are recomputed, only each layer's input in bfloat16.
+ACTIVATION_BYTES = {"cpu": 34, "cuda": 2}
+#: On a GPU one layer's activations exist at a time, in bfloat16.
+RECOMPUTED_LAYER_BYTES = 34
 FLOAT32_BYTES = 4
 #: A trainable weight, its gradient, and AdamW's two moments, all float32.
 TRAINABLE_BYTES = 16
+#: Where a config does not say: a guess on the high side.
+DEFAULT_LAYERS = 128
+DEFAULT_HIDDEN = 8192
 
 
-def training_memory_bytes(checkpoint: Checkpoint, tuning: Tuning, *, rows: int) -> int:
-    """Bytes that training needs at its peak, weights in float32."""
-    parameters = checkpoint.parameter_count
-    trainable = parameters if tuning.type == "full" else lora_parameter_count(checkpoint, tuning.rank)
-    frozen = 0 if tuning.type == "full" else parameters
-    tokens = min(TOKENS_AT_ONCE, tuning.max_length * min(tuning.batch_size, rows))
-    config = checkpoint.text_config
-    activations: int = tokens * config["num_hidden_layers"] * config["hidden_size"] * ACTIVATION_BYTES
-    logits: int = 2 * tokens * config["vocab_size"] * FLOAT32_BYTES
-    return PROCESS_BYTES + FLOAT32_BYTES * frozen + TRAINABLE_BYTES * trainable + activations + logits
+def training_memory_bytes(checkpoint: Checkpoint, tuning: Tuning, *, rows: int, longest_row: int, device: str) -> int:
+    """Bytes that training needs at its peak on `device` (`cpu` or `cuda`). `longest_row` is in characters: a token is
+    one character or more, in nearly every text."""
+    trainable = checkpoint.parameter_count if tuning.type == "full" else lora_parameter_count(checkpoint, tuning.rank)
+    row = min(tuning.max_length, longest_row)
+    tokens = max(row, min(MICRO_BATCH_TOKENS[device], row * min(tuning.batch_size, rows)))
+    logits = 2 * tokens * vocabulary_size(checkpoint) * FLOAT32_BYTES
+    weights = _frozen_bytes(checkpoint, tuning, device) + TRAINABLE_BYTES * trainable
+    return PROCESS_BYTES + weights + _activation_bytes(checkpoint, tokens, device) + logits
 
 
 def lora_parameter_count(checkpoint: Checkpoint, rank: int) -> int:
     """Parameters of a LoRA of `rank` on every linear: rank * (rows + columns) each."""
     linears = [info for name, info in checkpoint.tensors.items() if is_linear(name) and len(info.shape) >= 2]
     return sum(rank * sum(info.shape[-2:]) * math.prod(info.shape[:-2]) for info in linears)
+
+
+def _frozen_bytes(checkpoint: Checkpoint, tuning: Tuning, device: str) -> int:
+    """Weights that are held but not trained: float32 on a CPU, as they are stored on a GPU."""
+    if tuning.type == "full":
+        return 0
+    stored = device == "cuda" and tuning.precision != "float32"
+    return checkpoint.total_bytes if stored else FLOAT32_BYTES * checkpoint.parameter_count
+
+
+def _activation_bytes(checkpoint: Checkpoint, tokens: int, device: str) -> int:
+    hidden: int = checkpoint.text_config.get("hidden_size", DEFAULT_HIDDEN)
+    layers = checkpoint.layer_count or DEFAULT_LAYERS
+    recomputed = RECOMPUTED_LAYER_BYTES if device == "cuda" else 0
+    return tokens * hidden * (layers * ACTIVATION_BYTES[device] + recomputed)

@@ -358,6 +358,11 @@ def _head(checkpoint: Checkpoint) -> str | None:
     return _named(checkpoint, _HEADS)
 
 
+def vocabulary_size(checkpoint: Checkpoint) -> int:
+    """Rows of the embedding, padding included; 0 where neither weights nor config tell."""
+    return int(_vocabulary(checkpoint) or 0)
+
+
 def _vocabulary(checkpoint: Checkpoint) -> Any:
     embedding = _embedding(checkpoint)
     return checkpoint.tensors[embedding].shape[0] if embedding else checkpoint.text_config.get("vocab_size")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Update, and_, case, func, or_, select, update
@@ -94,7 +95,15 @@ def _validating(job: Job) -> str:
     return f"Validating training file: {' and validation file: '.join(files)}"
 
 
-def admit(session: Session, job_id: str, spec: JobSpec, *, memory_bytes: int, notes: Sequence[NewEvent] = ()) -> bool:
+def admit(
+    session: Session,
+    job_id: str,
+    spec: JobSpec,
+    *,
+    memory_bytes: int,
+    gpu_memory_bytes: int | None = None,
+    notes: Sequence[NewEvent] = (),
+) -> bool:
     """validating_files -> queued. False where the job has left that state meanwhile."""
     changed = session.execute(
         update(Job)
@@ -103,6 +112,7 @@ def admit(session: Session, job_id: str, spec: JobSpec, *, memory_bytes: int, no
             status="queued",
             spec=spec.model_dump(mode="json"),
             memory_bytes=memory_bytes,
+            gpu_memory_bytes=gpu_memory_bytes,
             infra_retries=0,
             not_before=None,
         )
@@ -142,7 +152,9 @@ def retry_delay_seconds(tried: int) -> float:
 # --- under a claim --------------------------------------------------------------------------------------------------
 
 
-def claim_next(session: Session, *, worker_id: str, lane_memory_bytes: int, lease_seconds: float) -> Claim | None:
+def claim_next(
+    session: Session, *, worker_id: str, lane_memory_bytes: int, lease_seconds: float, on_gpu: bool = False
+) -> Claim | None:
     """Take the next job that this lane can hold: the team with the fewest running jobs first, then the oldest job.
 
     One statement, with the first heartbeat inside it. On PostgreSQL rows that another worker is about to take are
@@ -158,7 +170,7 @@ def claim_next(session: Session, *, worker_id: str, lane_memory_bytes: int, leas
     )
     candidate = (
         select(Job.id)
-        .where(Job.status == "queued", _due(), Job.memory_bytes <= lane_memory_bytes)
+        .where(Job.status == "queued", _due(), _need(on_gpu) <= lane_memory_bytes)
         .order_by(running_of_team, Job.id)
         .limit(1)
         .with_for_update(skip_locked=True, of=Job)
@@ -375,17 +387,29 @@ def waiting_for(session: Session, job: Job, *, stale_worker_seconds: float) -> s
         return None
     queue = "light" if job.status == "validating_files" else "jobs"
     alive = and_(Worker.queue == queue, Worker.beat_at > db_now(-stale_worker_seconds), Worker.draining.is_(False))
-    lanes = session.scalars(select(Worker.lane_memory_bytes).where(alive)).all()
+    lanes = session.execute(select(Worker.device, Worker.lane_memory_bytes).where(alive)).all()
     if not lanes:
         return (
             f"No worker for the queue '{queue}' is running; the job waits. Start one: shadowft worker --queue {queue}"
         )
-    if queue == "jobs" and job.memory_bytes is not None and job.memory_bytes > max(lanes):
+    if job.not_before is not None and job.not_before > datetime.now(UTC):
+        return f"The job is tried again at {job.not_before:%H:%M:%S} UTC; its last event says why."
+    if job.memory_bytes is None:
+        return None
+    needs = [_needed(job, device) for device, _ in lanes]
+    if all(need > lane.lane_memory_bytes for need, lane in zip(needs, lanes, strict=True)):
+        largest = max(lane.lane_memory_bytes for lane in lanes)
         return (
-            f"The job needs about {job.memory_bytes / 2**30:.1f} GiB and the largest lane holds "
-            f"{max(lanes) / 2**30:.1f} GiB; it waits for a larger worker."
+            f"The job needs about {min(needs) / 2**30:.1f} GiB and the largest lane holds "
+            f"{largest / 2**30:.1f} GiB; it waits for a larger worker."
         )
     return None
+
+
+def _needed(job: Job, device: str) -> int:
+    """Bytes that a lane on `device` must hold for an admitted job."""
+    on_cpu = job.memory_bytes or 0
+    return on_cpu if device == "cpu" else job.gpu_memory_bytes or on_cpu
 
 
 # --- shared pieces --------------------------------------------------------------------------------------------------
@@ -419,6 +443,10 @@ def _insert_events(session: Session, job_id: str, events: Sequence[NewEvent], *,
 def admissible() -> ColumnElement[bool]:
     """Jobs whose admission may be tried now."""
     return and_(Job.status == "validating_files", _due())
+
+
+def _need(on_gpu: bool) -> ColumnElement[int | None]:
+    return func.coalesce(Job.gpu_memory_bytes, Job.memory_bytes) if on_gpu else Job.memory_bytes.expression
 
 
 def _due() -> ColumnElement[bool]:

@@ -73,6 +73,8 @@ class File(Base):
     report: Mapped[dict[str, Any] | None] = mapped_column(JsonColumn)
     #: Until then one light worker is checking it.
     check_lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    #: How often a check was begun; one that the infrastructure broke is begun again, within a budget.
+    check_tries: Mapped[int] = mapped_column(default=0)
     created_at: Mapped[datetime] = _created()
 
 
@@ -131,8 +133,9 @@ class Job(Base):
     not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)
     lost_count: Mapped[int] = mapped_column(default=0)
     infra_retries: Mapped[int] = mapped_column(default=0)
-    #: What a lane must hold, by admission's estimate.
+    #: What a CPU's lane must hold, by admission's estimate; and what a GPU's must, which holds less in float32.
     memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    gpu_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
     #: Events so far; the next one's number is one more.
     event_count: Mapped[int] = mapped_column(default=0)
 

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from core.checkpoints import read_checkpoint
@@ -118,7 +119,7 @@ def register(
             param="name",
         )
     if name in {pair.source.name for pair in known_pairs(session)}:
-        raise Conflict(f"There is already a pair named {name!r}.", code="pair_exists", param="name")
+        raise _taken(name)
     base, instruct = _checked(base, roots, "base"), _checked(instruct, roots, "instruct")
     if base.location == instruct.location:
         raise InvalidInput("Base and instruct are the same model; a pair needs both.", param="instruct")
@@ -126,14 +127,21 @@ def register(
         plan_graft(read_checkpoint(Path(instruct.location)), read_checkpoint(Path(base.location)), scope="linear")
     row = Pair(id=new_id("pair-"), name=name, base=base.model_dump(), instruct=instruct.model_dump())
     session.add(row)
-    session.flush()
+    try:
+        session.flush()
+    except IntegrityError as error:  # somebody registered the same name at the same moment
+        raise _taken(name) from error
     return _registered(row)
+
+
+def _taken(name: str) -> Conflict:
+    return Conflict(f"There is already a pair named {name!r}.", code="pair_exists", param="name")
 
 
 def model_source(location: str, revision: str | None) -> ModelSource:
     """A folder if `location` says so by its form (`/…`, `./…`), else a Hub repository. The disk is not asked: a folder
     that happens to be named like a repository must not stand in for it."""
-    is_folder = location.startswith(("/", "./", "../", "~"))
+    is_folder = location.startswith(("/", "./", "../"))
     return ModelSource(kind="local" if is_folder else "hub", location=location, revision=revision)
 
 
@@ -144,7 +152,7 @@ def _checked(source: ModelSource, roots: Sequence[Path], param: str) -> ModelSou
 def _checked_folder(source: ModelSource, roots: Sequence[Path], param: str) -> ModelSource:
     if source.revision is not None:
         raise InvalidInput("A local folder has no revision; leave it out.", param=f"{param}_revision")
-    folder = Path(source.location).expanduser().resolve()
+    folder = Path(source.location).resolve()
     if not any(folder.is_relative_to(root) for root in roots):
         raise InvalidInput(
             f"The folder {source.location!r} lies outside the model roots of this server. Its operator lists them in "

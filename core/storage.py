@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -50,6 +51,9 @@ class Storage(Protocol):
     def delete(self, key: str) -> None:
         """Remove the object, or every object below the prefix `key`. Absent is fine."""
 
+    def remove_unfinished(self, older_than_seconds: float) -> None:
+        """Remove what was being received when its process died."""
+
 
 class LocalStorage:
     """A folder of this machine (or a volume that all machines mount)."""
@@ -85,6 +89,12 @@ class LocalStorage:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+    def remove_unfinished(self, older_than_seconds: float) -> None:
+        for path in self._root.rglob(".*.tmp"):
+            with suppress(FileNotFoundError):  # its writer has just finished
+                if time.time() - path.stat().st_mtime > older_than_seconds:
+                    path.unlink()
 
 
 class LocalIncoming:

@@ -11,7 +11,7 @@ import httpx
 
 from core.errors import ShadowError
 
-TERMINAL_REQUEST_SECONDS = 60.0
+REQUEST_SECONDS = 60.0
 COPY_BYTES = 1024 * 1024
 
 
@@ -20,7 +20,10 @@ class Client:
         self.url = url
         self.key_file = key_file
         self._http = httpx.Client(
-            base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=TERMINAL_REQUEST_SECONDS
+            base_url=url,
+            headers={"authorization": f"Bearer {key}"},
+            timeout=REQUEST_SECONDS,
+            trust_env=False,  # a proxy has no business between this process and its own child
         )
 
     def is_ready(self) -> bool:
@@ -42,9 +45,11 @@ class Client:
             return _checked(self._http.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": file}))
 
     def find_file(self, path: Path) -> dict[str, Any] | None:
-        """An uploaded file of the same name and size."""
+        """An uploaded file of the same bytes."""
+        with path.open("rb") as content:
+            sha256 = hashlib.file_digest(content, "sha256").hexdigest()
         for file in self.get("/v1/files", purpose="fine-tune")["data"]:
-            if (file["filename"], file["bytes"], file["status"]) == (path.name, path.stat().st_size, "processed"):
+            if (file["sha256"], file["status"]) == (sha256, "processed"):
                 found: dict[str, Any] = file
                 return found
         return None

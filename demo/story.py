@@ -81,7 +81,8 @@ def _play(folder: Path, data: Path | None, pair: str | None) -> None:
         client.download(shadow["id"], results)
         evaluation = client.evaluation(shadow["id"])
         show_comparison(console, evaluation, client.evaluation(direct["id"]))
-        show_answers(console, *_one_question(plan, evaluation, results / "model"))
+        if evaluation["samples"]:  # of fewer than ten rows none is held out
+            show_answers(console, *_one_question(plan, evaluation, results / "model"))
         show_next_steps(console, client, shadow, uploads["training"], results)
     console.print(f"Done in {time.monotonic() - started:.0f} s; the service is stopped.")
 
@@ -160,7 +161,7 @@ def _make_pair(folder: Path) -> Path:
     command = [sys.executable, "-m", "demo.pair", str(folder)]
     with (
         _bar() as bar,
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent) as child,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent()) as child,
     ):
         task = bar.add_task("the demo pair", total=None, note="")
         for line in child.stdout or ():
@@ -190,7 +191,7 @@ def _service(folder: Path) -> Iterator[Client]:
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C stops the demo, which then stops the service in order
-            preexec_fn=die_with_parent,
+            preexec_fn=die_with_parent(),
         )
     try:
         yield _wait_until_ready(process, port, data_dir / "admin.key", log_file)

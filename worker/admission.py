@@ -88,11 +88,24 @@ def _resolve(context: Context, job: Job, files: dict[str, File], team: Team) -> 
     scope = job.request["shadow"]["graft"]["scope"]
     plan_graft(instruct, base, scope=scope)
     start = base if job.request["shadow"]["strategy"] == "shadow" else instruct
-    rows = files[job.training_file_id].report["rows"]  # type: ignore[index]  # a processed file has one
+    report: dict[str, Any] = files[job.training_file_id].report  # type: ignore[assignment]  # a processed file has one
+    rows = report["rows"]
     spec = make_spec(job, files, pair=pair, team_name=team.name, start=start, rows=rows)
-    memory_bytes = training_memory_bytes(start, spec.tuning, rows=rows)
+    memory_bytes, gpu_memory_bytes = (
+        training_memory_bytes(
+            start, spec.tuning, rows=rows, longest_row=report["longest_row"]["characters"], device=device
+        )
+        for device in ("cpu", "cuda")
+    )
     with context.database.writing() as session:
-        admitted = jobs.admit(session, job.id, spec, memory_bytes=memory_bytes, notes=[_chosen(spec)])
+        admitted = jobs.admit(
+            session,
+            job.id,
+            spec,
+            memory_bytes=memory_bytes,
+            gpu_memory_bytes=gpu_memory_bytes,
+            notes=[_chosen(spec)],
+        )
         session.commit()
     nudge("work")
     log.info("job_admitted", memory_bytes=memory_bytes)

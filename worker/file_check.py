@@ -37,7 +37,7 @@ def _claim(context: Context) -> File | None:
         file_id = session.execute(
             update(File)
             .where(File.id == candidate.scalar_subquery(), file_waits())
-            .values(check_lease_until=db_now(context.settings.lease_seconds))
+            .values(check_lease_until=db_now(context.settings.lease_seconds), check_tries=File.check_tries + 1)
             .returning(File.id)
             .execution_options(synchronize_session=False)
         ).scalar()
@@ -54,6 +54,9 @@ def _check(context: Context, file: File) -> None:
     except Cancelled:
         report = _unreadable(_too_slow(context.settings.inspect_timeout_seconds))
     except ShadowError as error:
+        if error.cause.fault != "user" and file.check_tries <= context.settings.max_infra_retries:
+            log.warning("file_check_broke", file_id=file.id, code=error.code, cause=error.message)
+            return  # the lease runs out, and a sweep has it checked again
         report = _unreadable(error.cause)
     with context.database.writing() as session:
         _keep_verdict(session, file.id, report)
@@ -62,7 +65,7 @@ def _check(context: Context, file: File) -> None:
 
 
 def _inspect(context: Context, file: File) -> dict[str, Any]:
-    workspace = Workspace(context.settings.work_dir / f"check-{file.id}")
+    workspace = Workspace(context.settings.work_dir / f"check-{file.id}-{file.check_tries}")
     try:
         context.storage.fetch(file.storage_key, workspace.inputs / "file")
         with _lease(context, file) as lease:
@@ -113,7 +116,7 @@ def _too_slow(seconds: float) -> Cause:
 
 
 def _unreadable(cause: Cause) -> dict[str, Any]:
-    return {"ok": False, "summary": cause.message, "errors": []}
+    return {"ok": False, "summary": cause.message, "rows": 0, "errors": {cause.code: 0}, "first_errors": []}
 
 
 def _keep_verdict(session: Session, file_id: str, report: dict[str, Any]) -> None:

@@ -5,7 +5,9 @@ Models come from one cache that all jobs of this machine share; a workspace hold
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,15 +22,25 @@ from core.storage import Storage
 from worker.workspace import Workspace, write_durably
 
 #: Nothing else of a repository is ever fetched: no pickles, no code.
-MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
+MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.jinja", "LICENSE*", "NOTICE*"]
 #: Weights in other layouts that lie beside the shards.
 NOT_MODEL_FILES = ["consolidated*", "original/*", "adapter_*", "*/*"]
+
+#: Between two looks at the lease while a model is downloaded.
+CHECK_SECONDS = 0.5
 
 log = structlog.get_logger(__name__)
 
 
-def fetch(spec: JobSpec, workspace: Workspace, *, storage: Storage, settings: Settings) -> None:
-    """Raises InvalidInput where an input is gone or forbidden, Unavailable where trying again helps."""
+def fetch(
+    spec: JobSpec, workspace: Workspace, *, storage: Storage, settings: Settings, check: Callable[[], None]
+) -> None:
+    """Raises InvalidInput where an input is gone or forbidden, Unavailable where trying again helps.
+
+    `check` is asked while a download runs, and before anything that another attempt might rely on is replaced.
+    """
+    base, instruct = (_model_folder(source, settings, check) for source in (spec.pair.base, spec.pair.instruct))
+    check()
     workspace.inputs.mkdir(parents=True, exist_ok=True)
     write_durably(workspace.spec_file, spec.model_dump_json(indent=2).encode())
     _fetch_data(spec.training, workspace.training, storage)
@@ -36,8 +48,8 @@ def fetch(spec: JobSpec, workspace: Workspace, *, storage: Storage, settings: Se
         _fetch_data(spec.validation, workspace.validation, storage)
     for name, source in spec.evaluation.probes.items():
         _fetch_data(source, workspace.probe(name), storage)
-    _link(_model_folder(spec.pair.base, settings), workspace.base)
-    _link(_model_folder(spec.pair.instruct, settings), workspace.instruct)
+    _link(base, workspace.base)
+    _link(instruct, workspace.instruct)
 
 
 def _fetch_data(source: DataSource, destination: Path, storage: Storage) -> None:
@@ -50,8 +62,26 @@ def _fetch_data(source: DataSource, destination: Path, storage: Storage) -> None
     storage.fetch(source.storage_key, destination)
 
 
-def _model_folder(source: ModelSource, settings: Settings) -> Path:
-    return Path(source.location) if source.kind == "local" else download(source, settings.model_cache_dir)
+def _model_folder(source: ModelSource, settings: Settings, check: Callable[[], None]) -> Path:
+    if source.kind == "local":
+        return Path(source.location)
+    return _watched(lambda: download(source, settings.model_cache_dir), check)
+
+
+def _watched(fetch: Callable[[], Path], check: Callable[[], None]) -> Path:
+    """Run `fetch` in a thread and ask `check` meanwhile. One left behind goes on into the cache and harms nobody."""
+    done: Future[Path] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(fetch())
+        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="download", daemon=True).start()
+    while not wait([done], timeout=CHECK_SECONDS).done:
+        check()
+    return done.result()
 
 
 def download(source: ModelSource, cache: Path) -> Path:

@@ -103,7 +103,7 @@ def run(context: Context, claim: Claim) -> None:
 def _tell(run: Run) -> None:
     """The job's story."""
     spec = run.spec
-    inputs.fetch(spec, run.workspace, storage=run.context.storage, settings=run.context.settings)
+    inputs.fetch(spec, run.workspace, storage=run.context.storage, settings=run.context.settings, check=run.lease.check)
     shadow = spec.strategy == "shadow"
     run.enter("training", f"Training the {'base' if shadow else 'instruct'} model ({spec.tuning.type})")
     run.step("train")
@@ -197,8 +197,9 @@ def _clean_up(context: Context, claim: Claim) -> None:
         job = session.execute(select(Job.status, Job.attempt).where(Job.id == claim.job_id)).one()
     if job.status in jobs.TERMINAL:
         shutil.rmtree(context.settings.work_dir / claim.job_id, ignore_errors=True)
-    if (job.status, job.attempt) != ("succeeded", claim.attempt):
-        context.storage.delete(publish.prefix(claim))
+        for attempt in range(1, job.attempt + 1):
+            if (job.status, job.attempt) != ("succeeded", attempt):
+                context.storage.delete(publish.prefix(Claim(claim.job_id, attempt)))
 
 
 def _our_fault() -> Cause:

@@ -65,6 +65,7 @@ def publish(
 
 def publications(spec: JobSpec, workspace: Workspace) -> Iterator[Publication]:
     yield from _folder("model", workspace.grafted(spec.scales[0]))
+    yield Publication("card", "model/README.md", _write_card(spec, workspace))
     if spec.tuning.type == "lora":
         yield from _folder("adapter", workspace.adapter)
     for path in (workspace.report, workspace.report.with_suffix(".md")):
@@ -72,11 +73,29 @@ def publications(spec: JobSpec, workspace: Workspace) -> Iterator[Publication]:
     yield Publication("metrics", workspace.metrics.name, workspace.metrics)
 
 
+def _write_card(spec: JobSpec, workspace: Workspace) -> Path:
+    """The model's card, as the Hub reads one: what it was made of and how, then the evaluation."""
+    models = (spec.pair.base, spec.pair.instruct)
+    names = [model.location if model.kind == "hub" else Path(model.location).name for model in models]
+    tuning = f"LoRA of rank {spec.tuning.rank}" if spec.tuning.type == "lora" else "full tuning"
+    made = (
+        f"Shadow-FT (arXiv 2505.12716): {tuning} on {names[0]}, its change grafted onto {names[1]} at scale "
+        f"{spec.graft.scale:g}, scope {spec.graft.scope}."
+        if spec.strategy == "shadow"
+        else f"Direct tuning, for comparison: {tuning} on {names[1]}."
+    )
+    front = f"---\nbase_model: {json.dumps(names[1])}\ntags: [shadow-ft]\n---\n"
+    card = workspace.root / "README.md"
+    card.write_text(
+        f"{front}\n# {spec.fine_tuned_model}\n\n{made}\n\n{workspace.report.with_suffix('.md').read_text()}"
+    )
+    return card
+
+
 def _folder(kind: str, folder: Path) -> Iterator[Publication]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            relative = path.relative_to(folder).as_posix()
-            yield Publication("card" if relative == "README.md" else kind, f"{kind}/{relative}", path)
+            yield Publication(kind, f"{kind}/{path.relative_to(folder).as_posix()}", path)
 
 
 def _store(publication: Publication, claim: Claim, team_id: str, storage: Storage) -> Artifact:

@@ -40,6 +40,8 @@ _ALWAYS = {
     "PYTHONUNBUFFERED": "1",
     # Threads that have nothing to do sleep instead of spinning: several times faster where cores are shared.
     "OMP_WAIT_POLICY": "PASSIVE",
+    # nvidia-smi, by which the lane was found, counts so; CUDA alone would put the fastest first.
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
 }
 
 
@@ -64,6 +66,7 @@ def run_step(
     `on_lines` gets the child's progress at most once a second. Whatever it or the lease raises ends the child first.
     Raises StepFailed with the cause that the child wrote, or one made from how it died.
     """
+    lease.check()
     if not workspace.done(name).exists():
         workspace.begin(name)
         with _child(name, workspace, device, grace_seconds) as process:
@@ -129,7 +132,7 @@ def _drain(lines: queue.Queue[Line]) -> list[Line]:
 def _send_deadline(process: subprocess.Popen[bytes], seconds: float) -> None:
     stdin: IO[bytes] = process.stdin  # type: ignore[assignment]  # a pipe was asked for
     with suppress(BrokenPipeError):  # it has just ended; poll() will say so
-        stdin.write(f"{max(seconds, 0.001):.3f}\n".encode())
+        stdin.write(f"{time.monotonic() + seconds:.3f}\n".encode())
         stdin.flush()
 
 

@@ -24,6 +24,9 @@ from worker.pipeline import Context
 #: A workspace is not taken for a leftover before this age: its job may just be beginning.
 LEFTOVER_SECONDS = 60.0
 
+#: Nothing was written to such a file for so long: its process is gone.
+UNFINISHED_SECONDS = 3600.0
+
 log = structlog.get_logger(__name__)
 
 
@@ -68,6 +71,7 @@ class Sweeper:
             log.warning("job_taken_back", job_id=job_id)
         _nudge(waiting)
         _remove_leftovers(self._context)
+        self._context.storage.remove_unfinished(UNFINISHED_SECONDS)
 
 
 def _nudge(waiting: jobs.Waiting) -> None:
@@ -96,9 +100,9 @@ def _old_folders(work_dir: Path) -> Iterator[Path]:
 
 
 def _is_needed(context: Context, name: str) -> bool:
+    needed = select(Job.id).where(Job.id == name, Job.status.not_in(jobs.TERMINAL))
+    if name.startswith("check-"):
+        file_id = name.removeprefix("check-").rpartition("-")[0]
+        needed = select(File.id).where(File.id == file_id, File.status == "uploaded")
     with context.database.reading() as session:
-        if name.startswith("check-"):
-            return bool(
-                session.scalar(select(File.id).where(File.id == name.removeprefix("check-"), File.status == "uploaded"))
-            )
-        return bool(session.scalar(select(Job.id).where(Job.id == name, Job.status.not_in(jobs.TERMINAL))))
+        return session.scalar(needed) is not None

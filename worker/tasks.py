@@ -83,6 +83,7 @@ def work() -> None:
                 worker_id=process.id,
                 lane_memory_bytes=process.lane.memory_bytes,
                 lease_seconds=process.context.settings.lease_seconds,
+                on_gpu=process.lane.device != "cpu",
             )
             session.commit()
         if claim is None:

@@ -38,6 +38,7 @@ class FileObject(BaseModel):
     id: str
     object: Literal["file"] = "file"
     bytes: int
+    sha256: str
     created_at: int
     filename: str
     purpose: str
@@ -58,6 +59,7 @@ def render(file: File) -> dict[str, Any]:
         "id": file.id,
         "object": "file",
         "bytes": file.bytes,
+        "sha256": file.sha256,
         "created_at": timestamp(file.created_at),
         "filename": file.filename,
         "purpose": file.purpose,

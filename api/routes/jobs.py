@@ -25,6 +25,9 @@ router = APIRouter(prefix="/fine_tuning/jobs", tags=["Fine-tuning jobs"], route_
 
 Auto = Literal["auto"]
 
+#: A job has at most 16 pairs of metadata to ask for, besides the page.
+MAX_QUERY_PARAMETERS = 20
+
 
 class Hyperparameters(StrictModel):
     """`auto` takes the paper's recipe and is replaced by the number once it is known."""
@@ -83,7 +86,9 @@ class GraftOptions(StrictModel):
 
     scale: float = Field(1.0, ge=-2, le=2, allow_inf_nan=False)
     scope: Literal["linear", "all"] = Field(
-        "linear", description="`linear`: the attention and MLP projections. `all`: every tensor that both models share."
+        "linear",
+        description="`linear`: the attention and MLP projections. `all`: every tensor that both models share. "
+        "They differ after full tuning only: LoRA changes nothing but linears.",
     )
 
 
@@ -285,6 +290,10 @@ def _hyperparameters(body: JobRequest) -> Hyperparameters:
     for name in ("dpo", "reinforcement"):
         if getattr(method, name) is not None:
             raise InvalidInput(f"method.{name} does not belong to the type 'supervised'.", param=f"method.{name}")
+    if method.supervised is not None and body.hyperparameters is not None:
+        raise InvalidInput(
+            "Hyperparameters were given twice; leave out the deprecated 'hyperparameters'.", param="hyperparameters"
+        )
     if method.supervised is not None:
         return method.supervised.hyperparameters
     return body.hyperparameters or Hyperparameters()
@@ -356,7 +365,8 @@ def _render(session: Session, job: Job, service: Service) -> dict[str, Any]:
         "seed": job.seed,
         "trained_tokens": job.trained_tokens,
         "error": job.error,
-        "estimated_finish": _estimated_finish(progress),
+        # The running phase's pace is in `progress`; what the phases after it will take is not known yet.
+        "estimated_finish": None,
         "integrations": [],
         "metadata": job.labels,
         "user_provided_suffix": job.suffix,
@@ -400,14 +410,9 @@ def _shown_progress(job: Job) -> dict[str, Any] | None:
     return {**job.progress, "eta_seconds": eta}
 
 
-def _estimated_finish(progress: dict[str, Any] | None) -> int | None:
-    """When the running phase ends, at its present pace."""
-    if progress is None or progress["eta_seconds"] is None:
-        return None
-    return int(datetime.now(UTC).timestamp() + progress["eta_seconds"])
-
-
 def _metadata_filter(request: Request) -> list[ColumnElement[bool]]:
+    if len(request.query_params.multi_items()) > MAX_QUERY_PARAMETERS:
+        raise InvalidInput(f"The query has more than {MAX_QUERY_PARAMETERS} parameters.", param="metadata")
     filters: list[ColumnElement[bool]] = []
     for name, value in request.query_params.multi_items():
         if name == "metadata" and value == "null":

@@ -259,10 +259,17 @@ def _past_turns(pair: Any) -> tuple[Message, Message]:
 def _text(row: JsonObject, key: str) -> str:
     value = row.get(key)
     if isinstance(value, str):
-        return value
+        return _without_nul(value, key)
     if key not in row:
         raise Refused("missing_field", f"it is missing; found {_keys_found(row)}", f"Add `{key}` as text", path=key)
     raise Refused("not_text", f"text is expected, found {shown(value)}", f"Write `{key}` as a string", path=key)
+
+
+def _without_nul(value: str, key: str) -> str:
+    """PostgreSQL keeps no U+0000, and a job would learn so at its end, when its report quotes the row."""
+    if "\0" in value:
+        raise Refused("nul_character", "the text holds the character U+0000", "Take it out", path=key)
+    return value
 
 
 def _optional_text(row: JsonObject, key: str) -> str:

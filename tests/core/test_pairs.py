@@ -116,7 +116,7 @@ def test_one_model_is_no_pair(database):
         add(database, base=hub("acme/one"), instruct=hub("acme/one"))
 
 
-@pytest.mark.parametrize("location", ["/models/x", "./x", "../x", "~/x"])
+@pytest.mark.parametrize("location", ["/models/x", "./x", "../x"])
 def test_a_folder_is_known_by_its_form(location):
     assert model_source(location, None).kind == "local"
 

@@ -75,7 +75,8 @@ def make_file(database, team_id):
     def make(status="processed", rows=100, details=None):
         file = File(
             id=new_id("file-"), team_id=team_id, filename="rows.jsonl", purpose="fine-tune", bytes=1, sha256="0" * 64,
-            storage_key="k", status=status, status_details=details, report={"ok": True, "rows": rows},
+            storage_key="k", status=status, status_details=details,
+            report={"ok": True, "rows": rows, "longest_row": {"number": 1, "characters": 1000}},
         )  # fmt: skip
         act(database, lambda session: session.add(file))
         return file.id
@@ -227,10 +228,10 @@ def test_a_bad_or_deleted_file_is_named(context, database, submit, make_file):
 
 
 def test_a_job_that_nobody_foresaw_ends_and_lets_the_next_one_pass(context, database, submit, models):
-    """A model whose config lacks the numbers that every estimate needs, say."""
+    """A model whose config holds words where every estimate needs numbers, say."""
     for name in ("base", "instruct"):
         config = json.loads((models / name / "config.json").read_text())
-        del config["vocab_size"]
+        config["hidden_size"] = "wide"
         (models / name / "config.json").write_text(json.dumps(config))
     odd = submit()
     write_model(models / "other", hidden=24)
@@ -257,3 +258,16 @@ def test_a_job_cancelled_meanwhile_stays_cancelled(context, database, submit):
     act(database, jobs.request_cancel, job_id)
     assert admit_waiting(context) == 0
     assert read(database, job_id).status == "cancelled"
+
+
+def test_a_config_without_the_sizes_is_measured_by_its_tensors(context, database, submit, models):
+    for name in ("base", "instruct"):
+        config = json.loads((models / name / "config.json").read_text())
+        del config["vocab_size"]
+        (models / name / "config.json").write_text(json.dumps(config))
+    job_id = submit()
+
+    admit_waiting(context)
+
+    assert read(database, job_id).status == "queued"
+    assert read(database, job_id).gpu_memory_bytes > 2**30

@@ -60,7 +60,7 @@ def test_a_workspace_is_filled_with_links_and_its_spec(spec, storage, settings, 
     filled = {"training": put(storage, "t", b"rows"), "validation": put(storage, "v", b"held"), "evaluation": probes}
     spec, workspace = spec.model_copy(update=filled), Workspace(tmp_path / "job")
     for _ in range(2):  # a second attempt meets what the first one left
-        fetch(spec, workspace, storage=storage, settings=settings)
+        fetch(spec, workspace, storage=storage, settings=settings, check=lambda: None)
     assert workspace.spec() == spec
     assert workspace.training.read_bytes() == b"rows"
     assert workspace.validation.read_bytes() == b"held"
@@ -71,7 +71,7 @@ def test_a_workspace_is_filled_with_links_and_its_spec(spec, storage, settings, 
 
 def test_a_file_that_was_deleted_meanwhile_is_named(spec, storage, settings, tmp_path):
     with pytest.raises(InvalidInput, match=r"rows\.jsonl") as caught:
-        fetch(spec, Workspace(tmp_path / "job"), storage=storage, settings=settings)
+        fetch(spec, Workspace(tmp_path / "job"), storage=storage, settings=settings, check=lambda: None)
     assert caught.value.code == "file_not_found"
 
 
@@ -79,7 +79,7 @@ def test_a_model_folder_that_was_emptied_meanwhile_is_named(spec, storage, setti
     (Path(spec.pair.base.location) / "config.json").unlink()
     spec = spec.model_copy(update={"training": put(storage, "t", b"rows")})
     with pytest.raises(InvalidInput, match=r"config\.json"):
-        fetch(spec, Workspace(tmp_path / "job"), storage=storage, settings=settings)
+        fetch(spec, Workspace(tmp_path / "job"), storage=storage, settings=settings, check=lambda: None)
 
 
 # --- from the Hub -----------------------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ def workspace(tmp_path, spec):
     model = made.grafted(spec.scales[0])
     write(model / "config.json", "{}")
     write(model / "model.safetensors", "weights")
-    write(model / "README.md", "# A model")
     hashes = {name: {"sha256": sha256((model / name).read_bytes())} for name in ("config.json", "model.safetensors")}
     write(model / "manifest.json", json.dumps({"files": hashes}))
     write(made.adapter / "adapter_model.safetensors", "adapter")
@@ -136,3 +135,15 @@ def test_the_csv_is_blank_where_a_step_did_not_measure():
         "1,2.5,0.5,,",
         "2,,,1.25,",
     ]
+
+
+def test_the_card_says_what_the_model_was_made_of_and_how_it_did(spec, workspace, storage):
+    outcome = run(spec, workspace, storage)
+    (card,) = [artifact for artifact in outcome.artifacts if artifact.kind == "card"]
+
+    text = storage.path(card.storage_key).read_text()
+
+    assert text.startswith("---\nbase_model: ")
+    assert spec.fine_tuned_model in text
+    assert "Shadow-FT (arXiv 2505.12716)" in text
+    assert text.rstrip().endswith("better")

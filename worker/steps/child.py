@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -81,8 +82,9 @@ def _own_stdout() -> io.RawIOBase:
 
 
 def _obey_lease() -> None:
-    """Set the alarm anew at each line of stdin; SIGALRM is not handled, so the kernel ends the process."""
+    """Set the alarm anew at each line of stdin: the moment of the lease's end, by the clock that all processes of this
+    machine share, so that a line read late gives no time away. SIGALRM is not handled: the kernel ends the process."""
     # Unbuffered: a thread that waits inside a buffered reader holds its lock and makes the interpreter abort at exit.
     for line in io.FileIO(sys.stdin.fileno(), closefd=False):
-        signal.setitimer(signal.ITIMER_REAL, float(line))
+        signal.setitimer(signal.ITIMER_REAL, max(float(line) - time.monotonic(), 0.001))
     os.kill(os.getpid(), signal.SIGKILL)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -253,7 +253,9 @@ def generate(model: Any, questions: Sequence[Question], answers: Answers) -> lis
         do_sample=False, max_new_tokens=answers.max_new_tokens, eos_token_id=answers.end_ids, pad_token_id=pad
     )
     generated = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))  # (B, L + new)
-    return cast("list[str]", answers.chat.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True))
+    texts = answers.chat.tokenizer.batch_decode(generated[:, longest:], skip_special_tokens=True)
+    # A byte-level model may say U+0000, which no database keeps.
+    return [text.replace("\0", "\N{REPLACEMENT CHARACTER}") for text in texts]
 
 
 def make_report(spec: JobSpec, sets: dict[str, EvaluationSet], measured: dict[str, dict[str, Measured]]) -> Report:

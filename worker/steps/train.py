@@ -37,6 +37,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from core.errors import Cause, PairRefused, StepFailed
+from core.estimate import MICRO_BATCH_TOKENS
 from core.job_spec import JobSpec, ModelSource
 from worker.chat_text import (
     ChatText,
@@ -55,10 +56,6 @@ from worker.workspace import Workspace
 # TRL reports every trainer that is made to its makers unless told not to; a customer's run is nobody's business.
 hub_constants.HF_HUB_DISABLE_TELEMETRY = True
 
-#: Tokens of one forward pass, padding included. On a CPU more gain no speed and TRL keeps a (tokens, vocabulary) tile
-#: in float32: 5 GB at 8192 tokens and the largest vocabularies. On a GPU that tile is small, and with checkpointed
-#: activations 16384 tokens of an 8 B model need about 6 GB.
-MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 16384}
 #: Held-out rows measured while training; the evaluation step measures more.
 VALIDATION_ROWS = 200
 #: How often at most, so that many epochs over few rows stay training.
@@ -143,7 +140,7 @@ def largest_micro_batch(batch_size: int, longest: int, token_budget: int) -> int
 
 def load_start(folder: Path, spec: JobSpec, plan: Plan) -> Any:
     """The model in float32. Where only an adapter is trained on a GPU, the frozen weights stay as they are stored."""
-    stored = spec.tuning.type == "lora" and plan.device == "cuda"
+    stored = spec.tuning.type == "lora" and plan.device == "cuda" and spec.tuning.precision != "float32"
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="auto" if stored else torch.float32,

@@ -111,3 +111,13 @@ def test_progress_rises_to_the_end(form, write):
     assert told == sorted(told)
     assert told[-1] == (size, size)
     assert len(told) == 3
+
+
+def test_a_nul_character_is_refused_where_it_stands(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a\\u0000b"}, {"role": "assistant", "content": "c"}]}\n')
+
+    report = check_file(path)
+
+    assert not report.ok
+    assert "U+0000" in report.summary

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from core.datasets import Conversation, Message, check_file, read_rows
 from core.errors import InvalidDataset
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 ANSWER = TEXT.filter(str.strip)
 
 systems = st.builds(Message, st.just("system"), TEXT, st.just(False))

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,8 +114,8 @@ def test_a_leased_child_ends_when_stdin_closes(workspace):
 
 def test_a_leased_child_ends_past_its_deadline(workspace):
     child = leased(workspace)
-    child.stdin.write(b"30\n")
-    child.stdin.write(b"0.2\n")
+    child.stdin.write(f"{time.monotonic() + 30}\n".encode())
+    child.stdin.write(f"{time.monotonic() + 0.2}\n".encode())
     assert child.wait(timeout=20) == -signal.SIGALRM
     child.stdin.close()
 
