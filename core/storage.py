@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
+from core.durable import sync_folder
 from core.errors import Unavailable
 
 COPY_BYTES = 4 * 1024 * 1024
@@ -125,7 +126,7 @@ class LocalIncoming:
                 file.flush()
                 os.fsync(file.fileno())
             self._temporary.rename(self._path)
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
         except OSError as error:
             self.drop()
             raise _disk_trouble(error) from error
@@ -143,14 +144,6 @@ def _disk_trouble(error: OSError) -> Unavailable:
         code="storage_unavailable",
         hint="Free space on the server's disk, then try again.",
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _pieces(file: IO[bytes]) -> Iterable[bytes]:

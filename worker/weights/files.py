@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from core.durable import sync_folder
+
 _BLOCK_BYTES = 8 * 1024 * 1024
 
 
@@ -83,17 +85,9 @@ def folder_at(out: Path) -> Iterator[Path]:
     try:
         yield draft
         for folder in (*(entry for entry in draft.iterdir() if entry.is_dir()), draft):
-            _sync_folder(folder)
+            sync_folder(folder)
         draft.rename(out)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    _sync_folder(out.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(out.parent)
