@@ -41,8 +41,8 @@ from core.schema import migrate, prepare
 HOST = "127.0.0.1"
 START_SECONDS = 60.0
 STOP_SECONDS = 15.0
-#: The intervals of a service under test: what takes a minute in production takes six seconds.
-SHORT = {"SHADOWFT_LEASE_SECONDS": "6", "SHADOWFT_BEAT_SECONDS": "0.5", "SHADOWFT_SWEEP_SECONDS": "0.5"}
+#: The intervals of a service under test: what takes a minute in production takes ten seconds.
+SHORT = {"SHADOWFT_LEASE_SECONDS": "10", "SHADOWFT_BEAT_SECONDS": "0.5", "SHADOWFT_SWEEP_SECONDS": "0.5"}
 
 #: For `verify` of an HTTP client: making its own takes 50 ms, and nothing here speaks TLS.
 PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -1,8 +1,8 @@
 """What every step does around its work: speak, obey its lease, say why it failed, and leave its mark last.
 
 A step is a program: `python -m worker.steps.train FOLDER` runs one by hand. The supervisor adds `--leased` and writes
-the seconds left of the lease to the step's stdin at each beat. The kernel's alarm clock enforces them, so a step ends
-even when its supervisor is frozen and its own interpreter is stuck; the end of stdin means that the supervisor is gone.
+to the step's stdin, again and again, when the lease ends. The kernel's alarm clock enforces it, so a step ends even when
+its supervisor is frozen and its own interpreter is stuck; the end of stdin means that the supervisor is gone.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from worker.workspace import Workspace, write_durably
 StepMain = Callable[[Workspace, ProgressWriter], dict[str, Any]]
 
 EXIT_FAILED = 1
+
+#: All that a pipe holds.
+_PIPE_BYTES = 64 * 1024
 
 
 def run(name: str, main: StepMain) -> None:
@@ -85,6 +88,9 @@ def _obey_lease() -> None:
     """Set the alarm anew at each line of stdin: the moment of the lease's end, by the clock that all processes of this
     machine share, so that a line read late gives no time away. SIGALRM is not handled: the kernel ends the process."""
     # Unbuffered: a thread that waits inside a buffered reader holds its lock and makes the interpreter abort at exit.
-    for line in io.FileIO(sys.stdin.fileno(), closefd=False):
-        signal.setitimer(signal.ITIMER_REAL, max(float(line) - time.monotonic(), 0.001))
+    pending = b""
+    while piece := os.read(sys.stdin.fileno(), _PIPE_BYTES):
+        *lines, pending = (pending + piece).split(b"\n")
+        if lines:  # only the newest counts: the others waited here while this process was busy importing
+            signal.setitimer(signal.ITIMER_REAL, max(float(lines[-1]) - time.monotonic(), 0.001))
     os.kill(os.getpid(), signal.SIGKILL)

@@ -124,3 +124,13 @@ def test_neither_torch_nor_the_web_is_imported():
     program = "import sys, worker.steps.inspect; print(*{'torch', 'fastapi', 'sqlalchemy'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True)
     assert ended.stdout.strip() == b""
+
+
+def test_only_the_newest_deadline_counts_of_those_that_waited(workspace):
+    """Lines pile up in the pipe while a step imports; an old one must not end it once a newer one is there."""
+    put(workspace, ROW)
+    child = subprocess.Popen(command(workspace, "--leased"), cwd=ROOT, stdin=subprocess.PIPE, bufsize=0)
+    child.stdin.write(f"{time.monotonic() - 5}\n{time.monotonic() + 30}\n".encode())
+
+    assert child.wait(timeout=20) == 0
+    child.stdin.close()
