@@ -1,7 +1,7 @@
 """What every step does around its work: speak, obey its lease, say why it failed, and leave its mark last.
 
 A step is a program: `python -m worker.steps.train FOLDER` runs one by hand. The supervisor adds `--leased` and writes
-to the step's stdin, again and again, when the lease ends. The kernel's alarm clock enforces it, so a step ends even when
+to the step's stdin, over and over, when the lease ends. The kernel's alarm clock enforces it, so a step ends even when
 its supervisor is frozen and its own interpreter is stuck; the end of stdin means that the supervisor is gone.
 """
 
