@@ -43,6 +43,20 @@ def worker(
 
 
 @app.command(hidden=True)
+def api_health() -> None:
+    """For a container's health check: whether the API of this host can serve."""
+    import httpx
+
+    from core.config import get_settings
+
+    try:
+        answer = httpx.get(f"http://127.0.0.1:{get_settings().port}/readyz", timeout=4, trust_env=False)
+    except httpx.TransportError:
+        raise typer.Exit(1) from None
+    raise typer.Exit(0 if answer.status_code == 200 else 1)
+
+
+@app.command(hidden=True)
 def worker_health() -> None:
     """For a container's health check: whether a worker of this host has told the database lately that it lives."""
     import socket
