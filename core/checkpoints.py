@@ -27,6 +27,10 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+#: A delta's files have a name of their own, so that nothing loads differences as a model's weights.
+DELTA_STEM = "delta"
+DELTA_FILE = "delta.safetensors"
+DELTA_INDEX_FILE = "delta.safetensors.index.json"
 
 #: Bytes of one element. Types narrower than a byte exist in the format, but only in quantised models.
 DTYPE_BYTES = {
@@ -129,19 +133,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     InvalidInput: there is no such model, it is damaged, it needs code of its own, or it is not stored as safetensors.
     """
-    if not folder.is_dir():
-        raise _missing(f"{folder.name} is not a folder", "Name a folder with a model in the Hugging Face layout.")
-    config = _read_json(folder, CONFIG_FILE)
-    _refuse_code(folder.name, config, os.listdir(folder))
-    if (folder / SINGLE_FILE).exists():  # transformers, too, takes the single file first
-        return Checkpoint(str(folder), config, _by_name(_read_header(folder, SINGLE_FILE), folder.name))
-    if not (folder / INDEX_FILE).exists():
-        raise _no_safetensors(folder.name)
-    shard_of = _shards_by_tensor(_read_json(folder, INDEX_FILE), f"{folder.name}/{INDEX_FILE}")
-    headers = [_read_header(folder, shard) for shard in sorted(set(shard_of.values()))]
-    tensors = _by_name((info for header in headers for info in header), folder.name)
-    _compare_index(shard_of, tensors, f"{folder.name}/{INDEX_FILE}")
-    return Checkpoint(str(folder), config, tensors)
+    config = _read_config(folder)
+    return Checkpoint(str(folder), config, _read_weights(folder, SINGLE_FILE, INDEX_FILE))
+
+
+def read_delta(folder: Path) -> Checkpoint:
+    """Read a saved delta: base's config, and the differences under base's names. InvalidInput: as for a model."""
+    config = _read_config(folder)
+    return Checkpoint(str(folder), config, _read_weights(folder, DELTA_FILE, DELTA_INDEX_FILE))
 
 
 def read_adapter(folder: Path) -> AdapterHeader:
@@ -221,6 +220,26 @@ def _check_layout(tensors: list[TensorInfo], where: str, *, data_start: int, fil
 
 
 # --- a folder ---------------------------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise _missing(f"{folder.name} is not a folder", "Name a folder with a model in the Hugging Face layout.")
+    config = _read_json(folder, CONFIG_FILE)
+    _refuse_code(folder.name, config, os.listdir(folder))
+    return config
+
+
+def _read_weights(folder: Path, single: str, index: str) -> dict[str, TensorInfo]:
+    if (folder / single).exists():  # transformers, too, takes the single file first
+        return _by_name(_read_header(folder, single), folder.name)
+    if not (folder / index).exists():
+        raise _no_safetensors(folder.name, single, index)
+    shard_of = _shards_by_tensor(_read_json(folder, index), f"{folder.name}/{index}")
+    headers = [_read_header(folder, shard) for shard in sorted(set(shard_of.values()))]
+    tensors = _by_name((info for header in headers for info in header), folder.name)
+    _compare_index(shard_of, tensors, f"{folder.name}/{index}")
+    return tensors
 
 
 def _by_name(infos: Iterable[TensorInfo], where: str) -> dict[str, TensorInfo]:
@@ -362,9 +381,9 @@ def _needs_code(where: str, finding: str) -> InvalidInput:
     )
 
 
-def _no_safetensors(where: str) -> InvalidInput:
+def _no_safetensors(where: str, single: str = SINGLE_FILE, index: str = INDEX_FILE) -> InvalidInput:
     return InvalidInput(
-        f"{where} holds neither {SINGLE_FILE} nor {INDEX_FILE}; pickles are never read",
+        f"{where} holds neither {single} nor {index}; pickles are never read",
         code="not_safetensors",
         hint="Save the model as safetensors with transformers' save_pretrained.",
     )

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from core.errors import InvalidInput, ShadowError, Unavailable
-from core.job_spec import ModelSource
+
+if TYPE_CHECKING:
+    from core.job_spec import ModelSource
 
 HUB_TIMEOUT_SECONDS = 20.0
 

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from core.checkpoints import read_checkpoint
 from core.errors import Conflict, InvalidInput, NotFound
-from core.graft_plan import plan_graft
+from core.graft_plan import Selection, plan_graft
 from core.ids import new_id
 from core.job_spec import ModelSource, PairSource
 from core.models import Pair
@@ -124,7 +124,11 @@ def register(
     if base.location == instruct.location:
         raise InvalidInput("Base and instruct are the same model; a pair needs both.", param="instruct")
     if base.kind == instruct.kind == "local":
-        plan_graft(read_checkpoint(Path(instruct.location)), read_checkpoint(Path(base.location)), scope="linear")
+        plan_graft(
+            read_checkpoint(Path(instruct.location)),
+            read_checkpoint(Path(base.location)),
+            selection=Selection(scope="linear"),
+        )
     row = Pair(id=new_id("pair-"), name=name, base=base.model_dump(), instruct=instruct.model_dump())
     session.add(row)
     try:

@@ -1,13 +1,23 @@
 """What is grafted, copied or refused is decided from headers; these are made by hand, no file is needed."""
 
 import re
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from core.checkpoints import AdapterHeader, Checkpoint, TensorInfo
+from core.checkpoints import Checkpoint, TensorInfo
 from core.errors import PairRefused
-from core.graft_plan import is_linear, linear_module_names, plan_graft, plan_lora, smallest_linear_dimension
+from core.graft_plan import (
+    GraftPlan,
+    Selection,
+    is_linear,
+    plan_graft,
+    smallest_linear_dimension,
+    vocabulary_size,
+)
 
 CONFIG = {"model_type": "qwen3", "hidden_size": 4, "num_hidden_layers": 1, "tie_word_embeddings": False}
 SHAPES = {
@@ -43,9 +53,9 @@ def prefixed(prefix: str) -> dict[str, tuple[int, ...]]:
     return {f"{prefix}{name}": shape for name, shape in SHAPES.items()}
 
 
-def reasons_of(instruct: Checkpoint, base: Checkpoint, scope: str = "linear") -> list[str]:
+def reasons_of(instruct: Checkpoint, base: Checkpoint, selection: Selection = Selection()) -> list[str]:
     with pytest.raises(PairRefused) as refusal:
-        plan_graft(instruct, base, scope=scope)
+        plan_graft(instruct, base, selection=selection)
     return refusal.value.reasons
 
 
@@ -63,6 +73,13 @@ def reasons_of(instruct: Checkpoint, base: Checkpoint, scope: str = "linear") ->
         "model.layers.0.mlp.experts.3.up_proj.weight",
         "model.layers.0.block_sparse_moe.experts.3.w1.weight",
         "model.layers.0.mlp.experts.gate_up_proj",
+        "model.layers.0.mlp.shared_experts.down_proj.weight",
+        "model.layers.0.block_sparse_moe.input_linear.weight",
+        "model.layers.0.linear_attn.in_proj_qkvz.weight",
+        "model.layers.0.linear_attn.out_proj.weight",
+        "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
+        "transformer.h.0.mlp.fc_in.weight",
+        "transformer.blocks.0.ffn.experts.mlp.v1",
         "model.layers.0.mlp.experts.gate_up_proj_bias",
         "language_model.model.layers.0.mlp.down_proj.weight",
     ],
@@ -81,6 +98,14 @@ def test_linears_are_known_by_their_role(name):
         "model.layers.0.mlp.gate.weight",
         "model.layers.0.mlp.shared_expert_gate.weight",
         "model.layers.0.block_sparse_moe.gate.weight",
+        "model.layers.0.block_sparse_moe.router.layer.weight",
+        "model.layers.0.mlp.router.weight",
+        "model.layers.0.feed_forward.router.weight",
+        "model.layers.0.mlp.gate.e_score_correction_bias",
+        "model.layers.0.mamba.out_proj.weight",
+        "model.layers.0.linear_attn.in_proj_ba.weight",
+        "model.connector.modality_projection.proj.weight",
+        "audio_tower.layers.0.self_attn.q_proj.weight",
         "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
         "model.visual.blocks.0.mlp.gate_proj.weight",
         "bert.pooler.dense.weight",
@@ -92,7 +117,7 @@ def test_everything_else_is_no_linear(name):
 
 
 def test_scope_linear_takes_the_linears_and_discards_the_rest():
-    plan = plan_graft(model(), model(), scope="linear")
+    plan = plan_graft(model(), model(), selection=Selection("linear"))
     assert plan.grafted == {name: name for name in LINEARS}
     assert plan.discarded.keys() == set(plan.copied) == SHAPES.keys() - LINEARS
 
@@ -102,7 +127,7 @@ def test_scope_all_takes_every_shared_float_tensor():
     instruct, base = model(), model()
     for one in (instruct, base):
         one.tensors["model.ids"] = integers
-    plan = plan_graft(instruct, base, scope="all")
+    plan = plan_graft(instruct, base, selection=Selection("all"))
     assert plan.grafted.keys() == SHAPES.keys()
     assert plan.copied == ("model.ids",)
 
@@ -110,44 +135,81 @@ def test_scope_all_takes_every_shared_float_tensor():
 def test_a_tied_head_that_only_one_stores_does_no_harm():
     without = model(changes={HEAD: None}, tie_word_embeddings=True)
     stored = model(tie_word_embeddings=True)
-    assert HEAD not in plan_graft(without, stored, scope="all").grafted
-    plan = plan_graft(stored, without, scope="all")
+    assert HEAD not in plan_graft(without, stored, selection=Selection("all")).grafted
+    plan = plan_graft(stored, without, selection=Selection("all"))
     assert plan.grafted[HEAD] == "model.embed_tokens.weight"
     assert plan.remarks == ("only one of the two stores the tied head",)
 
 
-NESTED = {re.sub(r"^model\.", "model.language_model.", name): shape for name, shape in SHAPES.items()}
+def renamed(old: str, new: str) -> dict[str, tuple[int, ...]]:
+    return {re.sub(old, new, name): shape for name, shape in SHAPES.items()}
 
 
-@pytest.mark.parametrize("shapes", [prefixed("language_model."), NESTED], ids=["outside", "inside"])
-def test_a_multimodal_prefix_does_no_harm(shapes):
-    instruct = model(shapes, changes={"vision_tower.encoder.q_proj.weight": (9, 9)})
-    plan = plan_graft(instruct, model(), scope="linear")
-    assert set(plan.grafted.values()) == LINEARS
+#: Where checkpoints keep their language model. Gemma 3, Mistral 3 and LLaVA files have the first, Qwen 3 VL the second,
+#: SmolVLM the third; Qwen2-VL files are like text-only ones; a model that was saved without its head has bare names.
+LAYOUTS = {
+    "language_model.model": prefixed("language_model."),
+    "model.language_model": renamed(r"^model\.", "model.language_model."),
+    "model.text_model": renamed(r"^model\.", "model.text_model."),
+    "model": SHAPES,
+    "bare": renamed(r"^model\.", ""),
+}
+
+
+@pytest.mark.parametrize("theirs", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("ours", LAYOUTS.values(), ids=LAYOUTS)
+def test_where_the_language_model_is_kept_does_no_harm(ours, theirs):
+    vision = {"vision_tower.encoder.q_proj.weight": (9, 9)}
+    instruct = model(ours, changes=vision)
+    plan = plan_graft(instruct, model(theirs), selection=Selection("all"))
+    assert list(plan.grafted) == list(ours)
+    assert list(plan.grafted.values()) == list(theirs)
     assert "vision_tower.encoder.q_proj.weight" in plan.copied
-    assert plan.remarks == ("the names differ by the prefix of a multimodal model",)
+    assert plan_graft(model(theirs), instruct).grafted.keys() == {one for one in theirs if "_proj" in one}
+    assert any("differ by a prefix" in remark for remark in plan.remarks) == (ours != theirs)
+
+
+def test_a_name_that_could_be_either_of_two_is_not_guessed():
+    both = model(changes=prefixed("language_model."))
+    (reason,) = reasons_of(model(renamed(r"^model\.", "transformer.")), both, Selection("all"))[:1]
+    assert reason.startswith("5 tensors of instruct are missing in base")
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_where_the_two_parts_of_a_config_disagree_a_stored_head_is_no_embedding(stored):
+    text = {"model_type": "mistral", "hidden_size": 4, "tie_word_embeddings": False}
+    changes = None if stored else {HEAD: None}
+    unsure = model(changes=changes, model_type="mistral3", tie_word_embeddings=True, text_config=text)
+    sure = model(changes=changes, model_type="mistral", tie_word_embeddings=not stored)
+    assert plan_graft(unsure, sure).grafted
+
+
+def test_a_tied_pair_may_store_head_or_embedding():
+    head_only = model(changes={"model.embed_tokens.weight": None}, tie_word_embeddings=True)
+    usual = model(changes={HEAD: None}, tie_word_embeddings=True)
+    assert plan_graft(head_only, usual, selection=Selection("all")).grafted[HEAD] == "model.embed_tokens.weight"
 
 
 def test_the_text_part_of_a_multimodal_config_is_compared():
     nested = {"model_type": "gemma3_text", "hidden_size": 4}
     instruct = model(model_type="gemma3", text_config=nested)
-    assert plan_graft(instruct, model(model_type="gemma3_text"), scope="linear").grafted
+    assert plan_graft(instruct, model(model_type="gemma3_text"), selection=Selection("linear")).grafted
 
 
 def test_a_float32_base_does_no_harm():
-    plan = plan_graft(model(), model(dtype="F32"), scope="linear")
+    plan = plan_graft(model(), model(dtype="F32"), selection=Selection("linear"))
     assert plan.remarks == ("stored mostly in BF16 in instruct and F32 in base",)
 
 
 def test_another_rope_does_no_harm():
-    assert plan_graft(model(rope_theta=5e6), model(rope_theta=1e6), scope="linear").grafted
+    assert plan_graft(model(rope_theta=5e6), model(rope_theta=1e6), selection=Selection("linear")).grafted
 
 
 def test_computed_buffers_are_neither_missed_nor_grafted():
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    plan = plan_graft(model(changes={name: (2,)}, dtype="F32"), model(), scope="all")
+    plan = plan_graft(model(changes={name: (2,)}, dtype="F32"), model(), selection=Selection("all"))
     assert name in plan.copied
-    assert plan_graft(model(), model(changes={name: (2,)}), scope="all").grafted
+    assert plan_graft(model(), model(changes={name: (2,)}), selection=Selection("all")).grafted
 
 
 REFUSED = {
@@ -162,8 +224,8 @@ REFUSED = {
     "shape": ({}, {"model.layers.0.mlp.down_proj.weight": (4, 7)}, "[4, 6] against [4, 7]"),
     "vocabulary": (
         {},
-        {"model.embed_tokens.weight": (9, 4), "lm_head.weight": (9, 4)},
-        "other vocabulary: the entries are 8 in instruct and 9 in base",
+        {"model.embed_tokens.weight": (11, 4), "lm_head.weight": (11, 4)},
+        "other vocabulary: the entries are 8 in instruct and 11 in base",
     ),
     "tied": ({"tie_word_embeddings": True}, {}, "only base ties its head"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, {}, "base is quantised (gptq)"),
@@ -189,7 +251,7 @@ def test_a_pair_without_a_known_linear_is_refused():
     shapes = {"model.layers.0.mixer.strange.weight": (4, 4)}
     (reason,) = reasons_of(model(shapes), model(shapes))
     assert "no tensor of instruct is in the scope 'linear'" in reason
-    assert plan_graft(model(shapes), model(shapes), scope="all").grafted
+    assert plan_graft(model(shapes), model(shapes), selection=Selection("all")).grafted
 
 
 def test_eight_bit_weights_are_refused():
@@ -209,84 +271,198 @@ def test_the_smallest_dimension_bounds_the_rank():
     assert smallest_linear_dimension(model({"model.layers.0.mlp.experts.gate_up_proj": (2, 16, 12)})) == 12
 
 
-def test_linear_modules_are_named_by_their_last_part():
-    assert linear_module_names(model()) == ["down_proj", "q_proj"]
+# --- the selection ----------------------------------------------------------------------------------------------------
+
+Q, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"
 
 
-# --- adapters ---------------------------------------------------------------------------------------------------------
-
-Q = "model.layers.0.self_attn.q_proj"
-DOWN = "model.layers.0.mlp.down_proj"
-LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "init_lora_weights": True, "bias": "none"}
-
-
-def adapter(shapes: dict[str, tuple[int, ...]] | None = None, **config: Any) -> AdapterHeader:
-    merged = {**factors(Q, (2, 4), (4, 2)), **factors(DOWN, (2, 6), (4, 2))} if shapes is None else shapes
-    return AdapterHeader("made", {**LORA, **config}, tensors(merged, "F32"))
-
-
-def factors(module: str, a: tuple[int, ...], b: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    return {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
-
-
-def lora_reasons(header: AdapterHeader, instruct: Checkpoint | None = None) -> list[str]:
-    with pytest.raises(PairRefused) as refusal:
-        plan_lora(instruct or model(), header)
-    return refusal.value.reasons
+@pytest.mark.parametrize(
+    ("selection", "grafted"),
+    [
+        (Selection(include=("*.mlp.*",)), {DOWN}),
+        (Selection(exclude=("*.mlp.*", "*.bias")), {Q}),
+        (Selection(include=("*_proj.weight",), exclude=("*q_proj*",)), {DOWN}),
+        (Selection("all", include=("*norm*", HEAD)), {"model.layers.0.input_layernorm.weight", HEAD}),
+    ],
+)
+def test_patterns_choose_among_the_tensors_of_the_scope(selection, grafted):
+    plan = plan_graft(model(), model(), selection=selection)
+    assert plan.grafted.keys() == grafted
+    assert plan.discarded.keys() == SHAPES.keys() - grafted
+    assert plan.selection is selection
 
 
-def test_lora_factors_find_their_weights_and_scaling():
-    plan = plan_lora(model(), adapter())
-    assert plan.keys() == {f"{Q}.weight", f"{DOWN}.weight"}
-    assert plan[f"{Q}.weight"].scaling == 2.0
+def test_patterns_heed_case():
+    assert Selection(include=("*Q_PROJ*",)).takes(model().tensors[Q]) is False
 
 
-def test_rslora_scales_by_the_root_of_the_rank():
-    assert plan_lora(model(), adapter(use_rslora=True))[f"{Q}.weight"].scaling == pytest.approx(4 / 2**0.5)
+def test_a_pattern_without_any_tensor_is_refused_with_what_it_may_have_meant():
+    reasons = reasons_of(model(), model(), Selection(include=("*.q_prj.*",), exclude=("q_proj",)))
+    assert "the include pattern '*.q_prj.*' matches no tensor of instruct; did you mean '*.q_proj.*'" in reasons[0]
+    assert "the exclude pattern 'q_proj' matches no tensor of instruct; did you mean '*.q_proj.*'" in reasons[1]
 
 
-def test_rank_and_alpha_patterns_hold_for_their_modules():
-    shapes = {**factors(Q, (1, 4), (4, 1)), **factors(DOWN, (2, 6), (4, 2))}
-    plan = plan_lora(model(), adapter(shapes, rank_pattern={"q_proj": 1}, alpha_pattern={r"layers\.0\..*down_proj": 1}))
-    assert (plan[f"{Q}.weight"].scaling, plan[f"{DOWN}.weight"].scaling) == (4.0, 0.5)
+def test_a_selection_that_leaves_nothing_is_refused():
+    selection = Selection(include=("*norm*",), exclude=("*_proj*",))
+    assert reasons_of(model(), model(), selection) == [
+        "no tensor of instruct is in the scope 'linear' with include *norm* and exclude *_proj* and in base too"
+    ]
 
 
-def test_an_adapter_of_a_text_model_fits_its_multimodal_sibling():
-    plan = plan_lora(model(prefixed("language_model.")), adapter())
-    assert f"language_model.{Q}.weight" in plan
+def test_tensors_that_float32_cannot_hold_are_not_even_discarded():
+    instruct, base = model(), model()
+    for one in (instruct, base):
+        one.tensors["model.extra"] = TensorInfo("model.extra", "F64", (4,), "model.safetensors", 0, 0)
+    assert "model.extra" in plan_graft(instruct, base).copied
+    assert "model.extra" not in plan_graft(instruct, base).discarded
+    assert "model.extra in instruct (F64)" in reasons_of(instruct, base, Selection("all"))[0]
 
 
-VARIANTS = {
-    "IA3": ({"peft_type": "IA3"}, "type IA3"),
-    "DoRA": ({"use_dora": True}, "DoRA"),
-    "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'"),
-    "OLoRA": ({"init_lora_weights": "olora"}, "'olora'"),
-    "whole modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "biases": ({"bias": "all"}, "'all'"),
-    "token embeddings": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-    "aLoRA": ({"alora_invocation_tokens": [1]}, "aLoRA"),
-    "experts": ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
-    "rank": ({"r": 3}, "do not fit rank 3"),
-    "no rank": ({"r": None}, "the rank None"),
-}
+names = st.text("abc.01_", min_size=1, max_size=8)
+patterns = st.lists(st.one_of(names, names.map(lambda name: f"*{name}*")), max_size=3).map(tuple)
 
 
-@pytest.mark.parametrize(("config", "finding"), VARIANTS.values(), ids=VARIANTS.keys())
-def test_an_adapter_whose_delta_is_another_is_refused_by_name(config, finding):
-    assert any(finding in reason for reason in lora_reasons(adapter(**config)))
+@given(names=st.sets(names, min_size=1, max_size=12), include=patterns, exclude=patterns)
+def test_every_tensor_has_one_fate_and_exclude_wins(names, include, exclude):
+    both = model({**SHAPES, **dict.fromkeys(names, (4,))})
+    matching = tuple(one for one in include if any(fnmatchcase(name, one) for name in both.tensors))
+    excluding = tuple(one for one in exclude if any(fnmatchcase(name, one) for name in both.tensors))
+    try:
+        plan = plan_graft(both, both, selection=Selection("all", matching, excluding))
+    except PairRefused:
+        return
+    assert plan.grafted.keys() | set(plan.copied) == both.tensors.keys()
+    assert not plan.grafted.keys() & set(plan.copied)
+    assert plan.discarded.keys() == set(plan.copied)
+    for name in plan.grafted:
+        assert not any(fnmatchcase(name, one) for one in excluding)
+        assert not matching or any(fnmatchcase(name, one) for one in matching)
 
 
-def test_an_adapter_that_does_not_fit_is_refused_with_every_reason():
-    shapes = {
-        **factors(Q, (2, 5), (4, 2)),
-        **factors("model.layers.7.mlp.up_proj", (2, 4), (4, 2)),
-        f"base_model.model.{DOWN}.lora_A.weight": (2, 6),
-        "base_model.model.lm_head.weight": (8, 4),
-    }
-    reasons = lora_reasons(adapter(shapes), model(quantization_config={"quant_method": "awq"}))
-    for finding in ("awq", "lm_head.weight", "do not fit rank 2", "layers.7.mlp.up_proj", f"only one factor of {DOWN}"):
-        assert any(finding in reason for reason in reasons)
+# --- vocabularies -----------------------------------------------------------------------------------------------------
+
+EMBEDDING = "model.embed_tokens.weight"
 
 
-def test_an_adapter_without_factors_is_refused():
-    assert lora_reasons(adapter({})) == ["the adapter holds no LoRA factors"]
+def padded(rows: int, **config: Any) -> Checkpoint:
+    return model(changes={EMBEDDING: (rows, 4), HEAD: (rows, 4)}, **config)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(10, 8), (8, 10)])
+def test_rows_that_only_one_vocabulary_has_stay_those_of_instruct(ours, theirs):
+    plan = plan_graft(padded(ours), padded(theirs), selection=Selection("all"))
+    assert plan.common_rows == {EMBEDDING: 8, HEAD: 8}
+    (remark,) = plan.remarks
+    assert remark.startswith(f"the rows of the vocabulary are {ours} in instruct and {theirs} in base: ")
+    assert remark.endswith("the first 8 are grafted, the others stay those of instruct")
+
+
+def test_scope_linear_says_that_all_rows_stay():
+    plan = plan_graft(padded(10), padded(8))
+    assert plan.common_rows == {EMBEDDING: 8, HEAD: 8}
+    assert plan.remarks == ("the rows of the vocabulary are 10 in instruct and 8 in base: all stay those of instruct",)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "same"),
+    [(151936, 151646, True), (32000, 33024, True), (32000, 33025, False), (1280, 1024, True), (1281, 1024, False)],
+)
+def test_a_vocabulary_may_differ_by_padding_only(ours, theirs, same):
+    if same:
+        assert plan_graft(padded(ours), padded(theirs)).common_rows[HEAD] == min(ours, theirs)
+        return
+    (reason,) = reasons_of(padded(ours), padded(theirs))
+    assert reason == f"other vocabulary: the entries are {ours} in instruct and {theirs} in base"
+
+
+def test_an_embedding_of_another_width_is_another_shape():
+    (reason,) = reasons_of(model(), model(changes={EMBEDDING: (9, 5)}))
+    assert reason == f"other shapes: {EMBEDDING} [8, 4] against [9, 5]"
+
+
+def test_a_head_may_be_padded_alone():
+    assert plan_graft(model(), model(changes={HEAD: (9, 4)})).common_rows == {HEAD: 8}
+
+
+def test_a_tied_head_shares_the_rows_of_the_embedding():
+    with_head, without = padded(10, tie_word_embeddings=True), model(changes={HEAD: None}, tie_word_embeddings=True)
+    assert plan_graft(with_head, without).common_rows == {EMBEDDING: 8, HEAD: 8}
+
+
+@given(ours=st.integers(1, 6000), theirs=st.integers(1, 6000))
+def test_which_of_the_two_has_more_rows_changes_no_verdict(ours, theirs):
+    plans: list[GraftPlan | None] = []
+    for one, two in ((ours, theirs), (theirs, ours)):
+        try:
+            plans.append(plan_graft(padded(one), padded(two)))
+        except PairRefused:
+            plans.append(None)
+    assert (plans[0] is None) == (plans[1] is None)
+    if plans[0] is not None and plans[1] is not None:
+        assert plans[0].common_rows == plans[1].common_rows
+
+
+def test_a_scalar_in_place_of_an_embedding_is_another_shape():
+    (reason, *_) = reasons_of(model(), model(changes={EMBEDDING: ()}))
+    assert reason == f"other shapes: {EMBEDDING} [8, 4] against []"
+    assert vocabulary_size(model({EMBEDDING: ()})) == 0
+
+
+# --- quantised sources ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("model.layers.0.self_attn.q_proj.qweight", "I32"),
+        ("model.layers.0.self_attn.q_proj.weight_scale_inv", "F32"),
+        ("model.layers.0.self_attn.q_proj.weight_packed", "I32"),
+        ("model.layers.0.self_attn.q_proj.weight.absmax", "F32"),
+        ("model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4", "U8"),
+        ("model.layers.0.self_attn.q_proj.SCB", "F32"),
+        ("model.layers.0.mlp.experts.gate_up_proj_blocks", "U8"),
+        (Q, "U8"),
+    ],
+)
+def test_packed_weights_are_refused_also_without_a_word_in_the_config(name, dtype):
+    base = model()
+    base.tensors[name] = TensorInfo(name, dtype, (4, 4), "model.safetensors", 0, 0)
+    reasons = reasons_of(model(), base, Selection("all"))
+    assert f"base holds packed weights: {name} ({dtype}); take the unquantised model" in reasons
+
+
+def test_a_quantised_text_part_is_refused():
+    text = {"model_type": "gemma3_text", "hidden_size": 4, "quantization_config": {"quant_method": "fp8"}}
+    (reason,) = reasons_of(model(model_type="gemma3"), model(model_type="gemma3", text_config=text))
+    assert reason == "base is quantised (fp8); take the unquantised model"
+
+
+# --- files of strangers -----------------------------------------------------------------------------------------------
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+config_keys = st.sampled_from(
+    ["model_type", "hidden_size", "vocab_size", "tie_word_embeddings", "text_config", "quantization_config"]
+)
+configs = st.dictionaries(config_keys, json_values, max_size=4)
+shapes = st.dictionaries(
+    st.sampled_from([*SHAPES, "language_model.lm_head.weight", ""]), st.lists(st.integers(0, 9), max_size=3).map(tuple)
+)
+
+
+@given(
+    ours=configs, theirs=configs, our_shapes=shapes, their_shapes=shapes, selection=st.sampled_from(["linear", "all"])
+)
+def test_whatever_headers_hold_a_pair_is_planned_or_refused(ours, theirs, our_shapes, their_shapes, selection):
+    instruct = Checkpoint("made", ours, tensors(our_shapes))
+    base = Checkpoint("made", theirs, tensors(their_shapes))
+    try:
+        plan = plan_graft(instruct, base, selection=Selection(selection))
+    except PairRefused:
+        return
+    for name, other in plan.grafted.items():
+        left, right = instruct.tensors[name].shape, base.tensors[other].shape
+        assert left == right or (plan.common_rows[name] == min(left[0], right[0]) and left[1:] == right[1:])
