@@ -1,19 +1,44 @@
 """Grafts what one model learned onto another, tensor by tensor, from folders to a folder.
 
     from pathlib import Path
-    from worker.weights import FullDelta, LoraDelta, Provenance, graft
+    from worker.weights import FullDelta, LoraDelta, Origin, Provenance, Selection, graft, verify
 
     delta = FullDelta(base=Path("qwen3-base"), tuned=Path("my-tuned-base"))   # or LoraDelta(Path("my-adapter"))
-    names = Provenance(instruct="Qwen/Qwen3-4B", base="Qwen/Qwen3-4B-Base", tuned="my run of Monday")
-    result = graft(instruct=Path("qwen3-4b"), delta=delta, out=Path("grafted"), scale=1.0, scope="linear", names=names)
+    result = graft(instruct=Path("qwen3-4b"), delta=delta, out=Path("grafted"), scale=1.0,
+                   selection=Selection("linear", exclude=("*.layers.0.*",)),
+                   provenance=Provenance(names={"instruct": Origin("Qwen/Qwen3-4B")}, keep_paths=True))
     print(result.fidelity, result.worst_tensor)  # the share of the change that survives storage in Instruct's dtype
+    assert not verify(Path("grafted")).problems
 
-The result is `instruct + scale * (tuned - base)` (Shadow-FT, arXiv 2505.12716). Only a chunk of a tensor is in memory
-at a time, nothing stands at `out` before all of it does, and a pair that does not fit is refused before any weight is
-read.
+The result is `instruct + scale * (tuned - base)` (Shadow-FT, arXiv 2505.12716). A few megabytes of it are in memory at
+a time, nothing stands at `out` before all of it does, and a pair that does not fit is refused before any weight is
+read. `save_delta` keeps the difference itself, and `SavedDelta` grafts it later, onto another model of the lineage.
 """
 
-from worker.weights.delta import BoundDelta, Delta, FullDelta, LoraDelta
-from worker.weights.graft import GraftResult, Provenance, graft
+from core.graft_plan import Selection
+from worker.weights.delta import BoundDelta, Delta, FullDelta, LoraDelta, SavedDelta
+from worker.weights.figures import LOW_FIDELITY, Figures, remedy
+from worker.weights.graft import GraftResult, graft
+from worker.weights.origin import Origin, Provenance
+from worker.weights.save import DeltaResult, save_delta
+from worker.weights.verify import Verification, verify
 
-__all__ = ["BoundDelta", "Delta", "FullDelta", "GraftResult", "LoraDelta", "Provenance", "graft"]
+__all__ = [
+    "LOW_FIDELITY",
+    "BoundDelta",
+    "Delta",
+    "DeltaResult",
+    "Figures",
+    "FullDelta",
+    "GraftResult",
+    "LoraDelta",
+    "Origin",
+    "Provenance",
+    "SavedDelta",
+    "Selection",
+    "Verification",
+    "graft",
+    "remedy",
+    "save_delta",
+    "verify",
+]

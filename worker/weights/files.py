@@ -1,19 +1,22 @@
-"""Writing an output folder so that it stands whole or not at all, with the hash of every file."""
+"""An output folder that stands whole or not at all, is resumed after a kill, and knows the hash of every file."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from core.durable import sync_folder
+from core.errors import Conflict, InvalidInput, Unavailable
+
+MANIFEST_FILE = "manifest.json"
 
 _BLOCK_BYTES = 8 * 1024 * 1024
 
@@ -21,7 +24,8 @@ _BLOCK_BYTES = 8 * 1024 * 1024
 @dataclass(frozen=True)
 class FileRecord:
     bytes: int
-    sha256: str
+    #: None where hashing was not asked for.
+    sha256: str | None
 
 
 class HashedFile:
@@ -32,21 +36,10 @@ class HashedFile:
         self._hash = hashlib.sha256()
         self._bytes = 0
 
-    def write(self, content: bytes | memoryview) -> None:
+    def write(self, content: bytes) -> None:
         self._file.write(content)
         self._hash.update(content)
         self._bytes += len(content)
-
-    def copy(self, source: Path, start: int, end: int) -> None:
-        """Take over the bytes `start` to `end` of `source`."""
-        with source.open("rb") as file:
-            file.seek(start)
-            while start < end:
-                block = file.read(min(_BLOCK_BYTES, end - start))
-                if not block:
-                    raise OSError(f"{source.name} has been cut while it was copied")
-                self.write(block)
-                start += len(block)
 
     @property
     def record(self) -> FileRecord:
@@ -57,7 +50,7 @@ class HashedFile:
 def hashed_file(path: Path) -> Iterator[HashedFile]:
     """A file that gets its name only when it is complete and on the disk. Its mode follows the umask."""
     part = path.with_name(f"{path.name}.part")
-    with part.open("xb") as raw:
+    with part.open("wb") as raw:
         yield HashedFile(raw)
         raw.flush()
         os.fsync(raw.fileno())
@@ -65,29 +58,148 @@ def hashed_file(path: Path) -> Iterator[HashedFile]:
 
 
 def copy_file(source: Path, target: Path) -> FileRecord:
-    with hashed_file(target) as file:
-        file.copy(source, 0, source.stat().st_size)
+    with hashed_file(target) as file, source.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            file.write(block)
     return file.record
 
 
 def write_json(target: Path, value: Any) -> FileRecord:
     with hashed_file(target) as file:
-        file.write(json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
+        file.write(json_bytes(value))
     return file.record
 
 
-@contextmanager
-def folder_at(out: Path) -> Iterator[Path]:
-    """A folder to fill, beside `out`, which becomes `out` at the end. On any failure it goes and `out` stays absent."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
-    draft.mkdir()
-    try:
-        yield draft
-        for folder in (*(entry for entry in draft.iterdir() if entry.is_dir()), draft):
+def json_bytes(value: Any) -> bytes:
+    """One text for one value, so that a change of any byte can be seen."""
+    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
+
+
+def write_manifest(folder: Path, records: dict[str, FileRecord]) -> int:
+    """Name every file of the folder, last of all. Returns the bytes of the whole folder."""
+    files = {file: asdict(records[file]) for file in sorted(records)}
+    manifest = write_json(folder / MANIFEST_FILE, {"format": 1, "files": files})
+    return manifest.bytes + sum(record.bytes for record in records.values())
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Draft:
+    """The hidden folder beside `out` in which it is made: `.{out.name}.graft`.
+
+    folder/    what becomes `out`
+    records/   one for each finished shard, written after it
+    plan.json  what is being made of what; a draft of another plan is thrown away
+    lock       held while a process writes here
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._root = out.with_name(f".{out.name}.graft")
+        self.folder = self._root / "folder"
+        self._records = self._root / "records"
+
+    def begin(self, plan: str) -> None:
+        plan_file = self._root / "plan.json"
+        if plan_file.exists() and plan_file.read_text() == plan:
+            return
+        for folder in (self.folder, self._records):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        with hashed_file(plan_file) as file:
+            file.write(plan.encode())
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """What was kept of each shard that is whole."""
+        kept = (json.loads(path.read_bytes()) for path in sorted(self._records.glob("*.json")))
+        return {
+            record["file"]: record
+            for record in kept
+            if (path := self.folder / record["file"]).exists() and path.stat().st_size == record["bytes"]
+        }
+
+    def keep(self, file: str, record: FileRecord, measured: dict[str, Any]) -> None:
+        write_json(self._records / f"{file}.json", {"file": file, **asdict(record), "measured": measured})
+
+    def publish(self) -> None:
+        for folder in (*(entry for entry in self.folder.iterdir() if entry.is_dir()), self.folder):
             sync_folder(folder)
-        draft.rename(out)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    sync_folder(out.parent)
+        self.folder.rename(self._out)
+        sync_folder(self._out.parent)
+
+    def remove(self) -> None:
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def remove_empty(self) -> None:
+        """Where no shard is finished there is nothing to go on from."""
+        if not self.finished():
+            self.remove()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Conflict: another process is writing to the same `out`."""
+        with self._open_lock() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Conflict(
+                    f"Another process is writing {self._out.name} at this moment",
+                    code="output_busy",
+                    hint="Wait for it, or write elsewhere.",
+                ) from None
+            yield
+
+    def _open_lock(self) -> BinaryIO:
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            return (self._root / "lock").open("wb")
+        except OSError as error:
+            raise Unavailable(
+                f"{self._out.name} cannot be written into {self._out.parent.name or self._out.parent} "
+                f"({error.strerror or error})",
+                code="storage_unavailable",
+                hint="Name a place where you may write.",
+            ) from error
+
+
+@contextmanager
+def draft_of(out: Path, plan: str) -> Iterator[Draft]:
+    """A draft that becomes `out` at the end.
+
+    InvalidInput: `out` is there already. Unavailable: the disk refused. Finished shards outlive a kill and every error
+    but a refusal, which would come again.
+    """
+    draft = Draft(out)
+    with draft.locked():
+        try:
+            refuse_taken(out)
+            draft.begin(plan)
+            yield draft
+            draft.publish()
+        except InvalidInput:  # would come again
+            draft.remove()
+            raise
+        except OSError as error:
+            raise _disk_refused(draft, out, error) from error
+        except BaseException:
+            draft.remove_empty()
+            raise
+        draft.remove()
+
+
+def refuse_taken(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise InvalidInput(f"{out.name} exists already", param="out", hint="Name a folder that does not exist yet.")
+
+
+def _disk_refused(draft: Draft, out: Path, error: OSError) -> Unavailable:
+    done = len(draft.finished())
+    draft.remove_empty()
+    return Unavailable(
+        f"The disk refused a part of {out.name} ({error.strerror or error}); {done} of its files are finished",
+        code="storage_unavailable",
+        hint="Free space and run the same again: it goes on behind the files that are finished.",
+    )

@@ -1,0 +1,260 @@
+"""A graft that is killed, crowded out or refused: the disk holds all of the result or none, and no source changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.errors import ShadowError
+from core.graft_plan import Selection
+from tests.worker.weights.children import (
+    graft_and_wait,
+    graft_slowly,
+    graft_until_killed,
+    graft_within,
+    pipe,
+    run_child,
+    start_child,
+)
+from tests.worker.weights.families import Layout, Recipe, Sizes
+from tests.worker.weights.made_checkpoints import all_bytes
+from worker.weights import FullDelta, GraftResult, graft
+
+SOURCES = {"base", "tuned", "instruct"}
+RECIPE = Recipe(sizes=Sizes(16, 24, 8, 64, layers=3), layouts=(Layout(2), Layout(), Layout(5)))
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    RECIPE.write(tmp_path)
+    return tmp_path
+
+
+def options(folder: Path, **changes: Any) -> dict[str, Any]:
+    delta = FullDelta(base=folder / "base", tuned=folder / "tuned")
+    places = {"instruct": folder / "instruct", "delta": delta, "out": folder / "out"}
+    return places | {"selection": Selection(scope="all")} | changes
+
+
+def run(folder: Path, **changes: Any) -> GraftResult:
+    return graft(**options(folder, **changes))
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.9, 1.0])
+def test_a_killed_graft_goes_on_and_ends_in_the_same_bytes(pair, share):
+    run(pair)
+    undisturbed = all_bytes(pair / "out")
+    (pair / "out").rename(pair / "undisturbed")
+    assert run_child(graft_until_killed, share, options(pair)) == -signal.SIGKILL
+    assert not (pair / "out").exists()
+    result = run(pair)
+    assert all_bytes(pair / "out") == undisturbed
+    assert share < 0.3 or 0 < result.resumed_shards <= 5
+    assert names(pair) == SOURCES | {"out", "undisturbed"}
+
+
+def test_a_graft_killed_at_any_moment_ends_in_the_same_bytes(pair):
+    """The moments are whatever they are: three kills in a row, each further on, and then the rest."""
+    run(pair)
+    undisturbed = all_bytes(pair / "out")
+    (pair / "out").rename(pair / "undisturbed")
+    for seconds in (0.02, 0.08, 0.15):
+        child = start_child(graft_slowly, 0.01, options(pair))
+        time.sleep(seconds)
+        child.kill()
+        child.join()
+    if not (pair / "out").exists():
+        run(pair)
+    assert all_bytes(pair / "out") == undisturbed
+    assert names(pair) == SOURCES | {"out", "undisturbed"}
+
+
+def rewrite_tuned(folder: Path) -> None:
+    """Other weights under the same names, of the same sizes."""
+    for file in (folder / "tuned").iterdir():
+        file.unlink()
+    (folder / "tuned").rmdir()
+    other = Recipe(sizes=RECIPE.sizes, layouts=RECIPE.layouts, seed=1)
+    other.save(folder / "made", other.models())
+    (folder / "made" / "tuned").rename(folder / "tuned")
+
+
+def flip_a_weight(folder: Path) -> None:
+    """In place, and with the old times put back, as a careless copy does."""
+    file = folder / "tuned" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+CHANGES = {
+    "another tuned model": (rewrite_tuned, {}),
+    "one bit of a weight": (flip_a_weight, {}),
+    "another scale": (lambda folder: None, {"scale": 0.5}),
+    "another scope": (lambda folder: None, {"selection": Selection(scope="linear")}),
+    "another dtype": (lambda folder: None, {"output_dtype": "float32"}),
+}
+
+
+@pytest.mark.parametrize(("change", "changed"), CHANGES.values(), ids=CHANGES.keys())
+def test_what_a_killed_graft_left_serves_no_other_graft(pair, change, changed):
+    assert run_child(graft_until_killed, 0.9, options(pair)) == -signal.SIGKILL
+    change(pair)
+    result = run(pair, **changed)
+    run(pair, **changed, out=pair / "fresh")
+    assert result.resumed_shards == 0
+    assert all_bytes(pair / "out") == all_bytes(pair / "fresh")
+    assert not [name for name in names(pair) if name.startswith(".")]
+
+
+def test_a_damaged_shard_of_a_killed_graft_is_made_again(pair):
+    """A power cut may leave a file of the right length with wrong bytes, where a disk promises more than it keeps."""
+    run(pair, out=pair / "undisturbed")
+    assert run_child(graft_until_killed, 0.9, options(pair)) == -signal.SIGKILL
+    shard = min((pair / ".out.graft").rglob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-8])
+    run(pair)
+    assert all_bytes(pair / "out") == all_bytes(pair / "undisturbed")
+
+
+# --- two at once ------------------------------------------------------------------------------------------------------
+
+
+def test_of_two_grafts_to_one_place_the_second_is_refused(pair):
+    here, there = pipe()
+    first = start_child(graft_and_wait, there, options(pair))
+    assert here.recv() == "half-way"
+    with pytest.raises(ShadowError, match="out"):
+        run(pair)
+    assert not (pair / "out").exists()
+    here.send("go on")
+    first.join()
+    assert first.exitcode == 0
+    run(pair, out=pair / "alone")
+    assert all_bytes(pair / "out") == all_bytes(pair / "alone")
+    assert names(pair) == SOURCES | {"out", "alone"}
+
+
+# --- no room ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_full_disk_is_an_error_in_words_and_trying_again_helps(pair, small_disk):
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(220_000))
+    with pytest.raises((ShadowError, OSError), match=r"(?i)space|disk|room|full") as failure:
+        run(pair, out=small_disk / "out")
+    assert str(failure.value)
+    assert not (small_disk / "out").exists()
+    ballast.unlink()
+    run(pair, out=small_disk / "out")
+    run(pair)
+    assert all_bytes(small_disk / "out") == all_bytes(pair / "out")
+    assert names(small_disk) == {"out"}
+
+
+def test_a_file_that_may_not_grow_ends_the_graft(pair):
+    here, there = pipe()
+    assert run_child(graft_within, 3000, there, options(pair)) == 0
+    _, sentence = here.recv()
+    assert sentence
+    assert not (pair / "out").exists()
+    run(pair)
+    run(pair, out=pair / "undisturbed")
+    assert all_bytes(pair / "out") == all_bytes(pair / "undisturbed")
+    assert names(pair) == SOURCES | {"out", "undisturbed"}
+
+
+# --- the sources ------------------------------------------------------------------------------------------------------
+
+
+def state(folder: Path) -> dict[str, tuple[bytes, int, int]]:
+    """What a write, a touch or a change of mode would alter."""
+    return {
+        str(path): (path.read_bytes() if path.is_file() else b"", path.stat().st_mtime_ns, path.stat().st_mode)
+        for each in SOURCES
+        for path in (folder / each, *(folder / each).iterdir())
+    }
+
+
+def test_sources_that_may_only_be_read_are_left_as_they_are(pair):
+    for each in SOURCES:
+        for file in (pair / each).iterdir():
+            file.chmod(0o400)
+        (pair / each).chmod(0o500)
+    before = state(pair)
+    run(pair)
+    assert state(pair) == before
+
+
+def test_a_cache_of_links_is_read_and_its_hashes_are_recorded(pair):
+    """The Hub's client keeps blobs under the name of their sha256, and a snapshot of links to them."""
+    for each in SOURCES:
+        cache = pair / f"models--o--{each}"
+        (cache / "blobs").mkdir(parents=True)
+        (cache / "snapshots" / "c0ffee").mkdir(parents=True)
+        for file in (pair / each).iterdir():
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            (cache / "blobs" / digest).write_bytes(file.read_bytes())
+            (cache / "snapshots" / "c0ffee" / file.name).symlink_to(f"../../blobs/{digest}")
+    snapshot = {each: pair / f"models--o--{each}" / "snapshots" / "c0ffee" for each in SOURCES}
+    run(pair)
+    run(pair, instruct=snapshot["instruct"], delta=FullDelta(snapshot["base"], snapshot["tuned"]), out=pair / "linked")
+    plain, linked = all_bytes(pair / "out"), all_bytes(pair / "linked")
+    assert {name: content for name, content in linked.items() if name.endswith(".safetensors")} == {
+        name: content for name, content in plain.items() if name.endswith(".safetensors")
+    }
+    sources = json.loads(linked["shadow.json"])["sources"]
+    for each in SOURCES:
+        for file in snapshot[each].glob("*.safetensors"):
+            assert sources[each]["files"][file.name]["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert not any(path.is_symlink() for path in (pair / "linked").rglob("*"))
+
+
+def test_modes_follow_the_umask(pair):
+    for file in (pair / "instruct").iterdir():
+        file.chmod(0o600)  # as safetensors saves
+    old = os.umask(0o027)
+    try:
+        run(pair)
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (pair / "out").iterdir()} == {0o640}
+    assert stat.S_IMODE((pair / "out").stat().st_mode) == 0o750
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="hidden files of another user need root")
+def test_a_place_that_cannot_be_written_is_said(pair):
+    (pair / "file").write_text("not a folder")
+    with pytest.raises((ShadowError, OSError)):
+        run(pair, out=pair / "file" / "out")
+    assert names(pair) == SOURCES | {"file"}

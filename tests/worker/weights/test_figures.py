@@ -1,0 +1,165 @@
+"""What a graft reports, against the same figures in plain float64."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from core.graft_plan import Selection
+from tests.worker.weights.families import Models, Recipe, recipes
+from tests.worker.weights.law import law
+from tests.worker.weights.made_checkpoints import Tensors, load_model, save_model
+from worker.weights import LOW_FIDELITY, FullDelta, GraftResult, graft, remedy
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def run(folder: Path, **options: Any) -> GraftResult:
+    delta = FullDelta(base=folder / "base", tuned=folder / "tuned")
+    return graft(**{"instruct": folder / "instruct", "delta": delta, "out": folder / "out"} | options)
+
+
+class Plain(NamedTuple):
+    """Of one tensor, as vectors of float64."""
+
+    update: torch.Tensor
+    error: torch.Tensor
+    kept: torch.Tensor
+    gap: torch.Tensor
+
+    @classmethod
+    def of(cls, models: Models, out: Tensors, name: str, scale: float) -> Plain:
+        base, tuned, kept, stored = (each[name].double().flatten() for each in (*models, out))
+        update = scale * (tuned - base)
+        return cls(update, stored - (kept + update), kept, kept - base)
+
+
+def fidelity(listed: Iterable[Plain]) -> float:
+    update, error, _, _ = map(torch.cat, zip(*listed, strict=True))
+    return 1 - float(error.norm() / update.norm())
+
+
+def relative_norm(listed: Iterable[Plain]) -> float:
+    update, _, kept, _ = map(torch.cat, zip(*listed, strict=True))
+    return float(update.norm() / kept.norm())
+
+
+def cosine(listed: Iterable[Plain]) -> float:
+    update, _, _, gap = map(torch.cat, zip(*listed, strict=True))
+    return float(update.dot(gap) / (update.norm() * gap.norm()))
+
+
+def near(value: float) -> Any:
+    return pytest.approx(value, rel=1e-4, abs=1e-5)
+
+
+@law(
+    quick=30,
+    thorough=300,
+    recipe=recipes(values=st.sampled_from(["ordinary", "integers"])),
+    scope=st.sampled_from(["linear", "all"]),
+    scale=st.sampled_from([1.0, 0.5, -1.3]),
+    output_dtype=st.sampled_from(["auto", "bfloat16"]),
+)
+def test_every_figure_is_that_of_float64(folder: Path, recipe: Recipe, scope: str, scale: float, output_dtype: str):
+    models = recipe.write(folder)
+    result = run(folder, selection=Selection(scope=scope), scale=scale, output_dtype=output_dtype)
+    out = load_model(folder / "out")
+    everything = {name: Plain.of(models, out, name, scale) for name in recipe.kind.shapes}
+    taken = {name: each for name, each in everything.items() if scope == "all" or name in recipe.kind.linear}
+    changed = {name: each for name, each in taken.items() if bool(each.update.any())}
+    assert result.grafted == len(changed)
+    if not changed:
+        assert (result.fidelity, result.worst_tensor, result.relative_norm) == (1.0, None, 0.0)
+        return
+    check(result, list(changed.values()))
+    kept = {name: fidelity([each]) for name, each in changed.items()}
+    assert result.worst_fidelity == near(min(kept.values()))
+    assert kept[result.worst_tensor] == near(min(kept.values()))
+    whole, outside = (
+        math.fsum(float(each.update.square().sum()) for each in some.values())
+        for some in (everything, {name: each for name, each in everything.items() if name not in taken})
+    )
+    assert result.discarded_share == near(math.sqrt(outside / whole))
+    layers, modules = defaultdict(list), defaultdict(list)
+    for name, each in changed.items():
+        if number := re.search(r"\.(\d+)\.(?!gate_proj|up_proj|down_proj)", name):
+            layers[number[1]].append(each)
+        modules[re.sub(r"\.(weight|bias)$", "", name).split(".")[-1]].append(each)
+    for groups, found in ((layers, result.layers), (modules, result.modules)):
+        assert found.keys() == groups.keys()
+        for group, listed in groups.items():
+            assert found[group].tensors == len(listed)
+            check(found[group], listed)
+
+
+def check(found: Any, listed: list[Plain]) -> None:
+    assert found.fidelity == near(fidelity(listed))
+    if any(bool(each.kept.any()) for each in listed):
+        assert found.relative_norm == near(relative_norm(listed))
+    if any(bool(each.gap.any()) for each in listed):
+        assert found.cosine == near(cosine(listed))
+    else:
+        assert found.cosine is None
+
+
+def test_shadow_json_says_what_the_result_says(tmp_path):
+    Recipe().write(tmp_path)
+    result = run(tmp_path, selection=Selection(scope="all"))
+    shadow = json.loads((tmp_path / "out" / "shadow.json").read_text())
+    told = asdict(result)
+    figures = ("fidelity", "worst_tensor", "worst_fidelity", "discarded_share", "relative_norm", "cosine", "grafted")
+    assert {name: shadow[name] for name in (*figures, "layers", "modules")} == {
+        name: told[name] for name in (*figures, "layers", "modules")
+    }
+    json.dumps(told, allow_nan=False)
+
+
+def save_single(folder: Path, instruct: torch.Tensor, tuned: torch.Tensor) -> None:
+    """One tensor each; base is zero."""
+    save_model(folder / "instruct", {Q: instruct})
+    save_model(folder / "base", {Q: torch.zeros_like(tuned)})
+    save_model(folder / "tuned", {Q: tuned})
+
+
+def test_the_rounding_of_a_float32_output_is_seen_too(tmp_path):
+    save_single(tmp_path, torch.ones(4, 4), torch.full((4, 4), 2.0**-25))  # a quarter of 1.0's last place
+    assert run(tmp_path).fidelity == 0
+
+
+def test_an_update_that_storage_swallows_whole_has_the_fidelity_zero(tmp_path):
+    save_single(tmp_path, torch.ones(4, 4).bfloat16(), torch.full((4, 4), 2.0**-14))  # a 64th of 1.0's last place
+    result = run(tmp_path)
+    assert (result.fidelity, result.worst_fidelity, result.worst_tensor) == (0, 0, Q)
+    assert result.fidelity < LOW_FIDELITY
+
+
+def test_float32_output_keeps_what_bfloat16_loses(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    save_single(
+        tmp_path, torch.randn(64, 64, generator=generator).bfloat16(), 1e-4 * torch.randn(64, 64, generator=generator)
+    )
+    lost = run(tmp_path)
+    kept = run(tmp_path, output_dtype="float32", out=tmp_path / "float32")
+    assert lost.fidelity < LOW_FIDELITY < 0.999 < kept.fidelity
+    assert "float32" in remedy("full", "bfloat16")
+    assert "float32" not in remedy("full", "float32")
+    assert "adapter" in remedy("lora", "bfloat16")
+
+
+def test_a_graft_without_figures_has_the_same_weights(tmp_path):
+    Recipe().write(tmp_path)
+    run(tmp_path)
+    run(tmp_path, measure=False, hashes=False, out=tmp_path / "bare")
+    measured, bare = (load_model(tmp_path / each) for each in ("out", "bare"))
+    assert all(torch.equal(measured[name], bare[name]) for name in measured)

@@ -1,0 +1,77 @@
+"""Keeps a delta as files of its own, to be grafted later and onto other models of the lineage."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.checkpoints import CONFIG_FILE, DELTA_INDEX_FILE, DELTA_STEM
+from core.graft_plan import Selection
+from worker.weights.delta import FullDelta
+from worker.weights.figures import Tally
+from worker.weights.files import copy_file, draft_of, refuse_taken, write_json, write_manifest
+from worker.weights.graft import Options, Plan, describe_sources, planned, refuse_inside, versions
+from worker.weights.layout import Shard, plan_difference
+from worker.weights.origin import Provenance
+from worker.weights.writing import OnProgress, write_shards
+
+DELTA_DESCRIPTION = "delta.json"
+#: As a graft of the difference onto base would be planned: every tensor, as it is.
+WHOLE = Options(scale=1.0, selection=Selection("all"), output_dtype="float32")
+
+
+@dataclass(frozen=True)
+class DeltaResult:
+    tensors: int
+    bytes: int
+    seconds: float
+
+
+def save_delta(
+    *,
+    base: Path,
+    tuned: Path,
+    out: Path,
+    provenance: Provenance = Provenance(),
+    on_progress: OnProgress | None = None,
+) -> DeltaResult:
+    """Write `tuned - base`, float32, to the new folder `out`: every float tensor under base's name, and base's config.
+
+    float32 holds the difference of two bfloat16 or float16 weights of like size exactly, so that a graft from it is the
+    graft from the two models. Errors and resuming: as for `graft`.
+    """
+    started = time.monotonic()
+    refuse_taken(out)
+    refuse_inside(out, (base, tuned))
+    with planned(base, FullDelta(base, tuned), WHOLE) as plan, draft_of(out, plan.key()) as draft:
+        recipe = plan.recipe(Tally(), measure=True)
+        shards = plan_difference(plan.checkpoint, plan.bound, DELTA_STEM)
+        records = write_shards(recipe, shards, draft, threads=None, hashed=True, on_progress=on_progress).records
+        records[CONFIG_FILE] = copy_file(base / CONFIG_FILE, draft.folder / CONFIG_FILE)
+        if len(shards) > 1:
+            records[DELTA_INDEX_FILE] = write_json(draft.folder / DELTA_INDEX_FILE, _index(shards))
+        description = _describe(plan, provenance, out)
+        records[DELTA_DESCRIPTION] = write_json(draft.folder / DELTA_DESCRIPTION, description)
+        written = write_manifest(draft.folder, records)
+    return DeltaResult(tensors=len(plan.bound.grafted), bytes=written, seconds=time.monotonic() - started)
+
+
+def _index(shards: list[Shard]) -> dict[str, Any]:
+    return {
+        "metadata": {"total_size": sum(shard.bytes - len(shard.header) for shard in shards)},
+        "weight_map": {name: shard.file for shard in shards for name in shard.tensors},
+    }
+
+
+def _describe(plan: Plan, provenance: Provenance, out: Path) -> dict[str, Any]:
+    sources = describe_sources(plan, provenance, out, hashed=False)
+    return {
+        "format": 1,
+        "method": "Shadow-FT (arXiv 2505.12716): tuned - base",
+        "sources": {role: sources[role] for role in ("base", "tuned")},
+        "dtype": "float32",
+        "tensors": len(plan.bound.grafted),
+        "versions": versions("shadowft", "torch"),
+    }
