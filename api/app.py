@@ -14,7 +14,7 @@ from api.auth import DOCS_SCRIPTS_PATH, Authentication, bearer
 from api.deps import Service
 from api.errors import ErrorBody, install_error_handlers
 from api.middleware import BodyLimit, CleanAddress, RequestFrame
-from api.routes import artifacts, evaluations, events, files, health, jobs, pairs
+from api.routes import artifacts, evaluations, events, files, grafts, health, jobs, pairs
 from core.config import Settings, get_settings
 from core.db import open_database
 from core.logs import configure_logging
@@ -78,6 +78,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1", dependencies=[Depends(bearer)], responses=_ERRORS)
-    for noun in (files, jobs, events, evaluations, artifacts, pairs):
+    for noun in (files, jobs, grafts, events, evaluations, artifacts, pairs):
         router.include_router(noun.router)
     return router

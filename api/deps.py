@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Depends, Query, Request
 from pydantic import BaseModel, ConfigDict
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from core.config import Settings
@@ -87,12 +88,15 @@ def owned(session: Session, table: type[Row], item_id: str, caller: Caller, *, w
     return row
 
 
-def cursor(session: Session, table: type[Row], item_id: str | None, caller: Caller) -> Row | None:
-    """The row that `after` names; an unknown one is an error, not an empty page."""
+def cursor(
+    session: Session, table: type[Row], item_id: str | None, caller: Caller, *filters: ColumnElement[bool]
+) -> Row | None:
+    """The row that `after` names, of a list with these filters; an unknown one is an error, not an empty page."""
     if item_id is None:
         return None
-    row = session.get(table, item_id)
-    if row is None or row.team_id != caller.team_id:  # type: ignore[attr-defined]  # as above
+    named = (table.id == item_id, table.team_id == caller.team_id)  # type: ignore[attr-defined]  # as above
+    row = session.scalar(select(table).where(*named, *filters))
+    if row is None:
         raise InvalidInput(f"The cursor 'after' names nothing in this list: {item_id[:100]!r}.", param="after")
     return row
 

@@ -17,9 +17,18 @@ MICRO_BATCH_TOKENS = {"cpu": 8192, "cuda": 16384}
 #: Bytes that a token leaves per layer and hidden unit for the backward pass: all activations in float32 on a CPU; on a
 #: GPU, where they are recomputed, only each layer's input in bfloat16.
 ACTIVATION_BYTES = {"cpu": 34, "cuda": 2}
-#: On a GPU one layer's activations exist at a time, in bfloat16.
+#: Where only one layer's activations exist at a time: on a GPU, in bfloat16, and wherever nothing is trained.
 RECOMPUTED_LAYER_BYTES = 34
 FLOAT32_BYTES = 4
+#: Logits of one batch of rows that are scored, B * L * V elements, unless one row alone has more.
+SCORED_LOGITS = 2**28
+#: What scoring holds of them at once: as the model gave them, those that count, and their softmax.
+COPIES_OF_LOGITS = 3
+#: Prompt tokens of one batch that is answered, padding included. What bounds it is the cache of keys and values: 1 GB
+#: for an 8 B model in bfloat16.
+ANSWERED_TOKENS = 8192
+#: A graft streams: it holds a few chunks, whatever the size of the models.
+GRAFT_BYTES = PROCESS_BYTES
 #: A trainable weight, its gradient, and AdamW's two moments, all float32.
 TRAINABLE_BYTES = 16
 #: Where a config does not say: a guess on the high side.
@@ -36,6 +45,21 @@ def training_memory_bytes(checkpoint: Checkpoint, tuning: Tuning, *, rows: int, 
     logits = 2 * tokens * vocabulary_size(checkpoint) * FLOAT32_BYTES
     weights = _frozen_bytes(checkpoint, tuning, device) + TRAINABLE_BYTES * trainable
     return PROCESS_BYTES + weights + _activation_bytes(checkpoint, tokens, device) + logits
+
+
+def comparing_memory_bytes(checkpoint: Checkpoint, *, rows: int, longest_row: int, device: str) -> int:
+    """Bytes that comparing models of this size needs on `device`: one is held at a time, in float32 on a CPU and as it
+    is stored on a GPU. At most `rows` rows of `longest_row` tokens are scored and answered."""
+    stored = device == "cuda"
+    weights = checkpoint.total_bytes if stored else FLOAT32_BYTES * checkpoint.parameter_count
+    entries = vocabulary_size(checkpoint)
+    logits = min(max(SCORED_LOGITS, longest_row * entries), rows * longest_row * entries)
+    tokens = max(longest_row, logits // max(entries, 1))
+    hidden: int = checkpoint.text_config.get("hidden_size", DEFAULT_HIDDEN)
+    layers = checkpoint.layer_count or DEFAULT_LAYERS
+    forward = tokens * hidden * RECOMPUTED_LAYER_BYTES
+    cache = 2 * layers * hidden * FLOAT32_BYTES * min(max(ANSWERED_TOKENS, longest_row), rows * longest_row)
+    return PROCESS_BYTES + weights + COPIES_OF_LOGITS * FLOAT32_BYTES * logits + forward + cache
 
 
 def lora_parameter_count(checkpoint: Checkpoint, rank: int) -> int:

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 Strategy = Literal["shadow", "direct"]
 TuningType = Literal["lora", "full"]
 Scope = Literal["linear", "all"]
+OutputDtype = Literal["auto", "bfloat16", "float32"]
 JobKind = Literal["fine_tune", "graft"]
+DeltaKind = Literal["adapter", "delta"]
 
 
 class _Frozen(BaseModel):
@@ -67,6 +69,32 @@ class Tuning(_Frozen):
 class Graft(_Frozen):
     scale: float
     scope: Scope
+    #: Shell patterns on Instruct's tensor names; none means all of the scope, and `exclude` wins.
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    #: `auto` is Instruct's own.
+    output_dtype: OutputDtype = "auto"
+
+
+class Publish(_Frozen):
+    #: Full tuning only: the learned change as artifacts of its own. LoRA's adapter is its change and always published.
+    delta: bool = False
+
+
+class DeltaFile(_Frozen):
+    #: Relative to the delta's folder.
+    path: str
+    storage_key: str
+    sha256: str
+    bytes: int
+
+
+class DeltaSource(_Frozen):
+    """What an earlier job learned, as it was published: a PEFT adapter, or a saved delta."""
+
+    kind: DeltaKind
+    job_id: str
+    files: tuple[DeltaFile, ...]
 
 
 class Evaluation(_Frozen):
@@ -78,9 +106,14 @@ class Evaluation(_Frozen):
     max_new_tokens: int
     #: Named sets of rows that show what must survive the tuning.
     probes: dict[str, DataSource]
+    #: Why nothing is compared, as the end of a sentence (a graft only). None: the models are compared.
+    left_out: str | None = None
 
 
 class JobSpec(_Frozen):
+    """A graft's data, seed and tuning are those of the job whose change it grafts: so it is measured on rows which that
+    one held out. Its pair is the base of that job and the instruct model of its own."""
+
     version: Literal[1] = 1
     job_id: str
     kind: JobKind
@@ -95,13 +128,31 @@ class JobSpec(_Frozen):
     tuning: Tuning
     graft: Graft
     evaluation: Evaluation
+    publish: Publish = Publish()
+    #: What a graft grafts; None for a job that learns it.
+    delta: DeltaSource | None = None
     fine_tuned_model: str
+
+    @property
+    def scope(self) -> Scope:
+        """Direct tuning keeps everything that it learned."""
+        return "all" if self.strategy == "direct" else self.graft.scope
+
+    @property
+    def tunes_base(self) -> bool:
+        return self.kind == "fine_tune" and self.strategy == "shadow"
+
+    @property
+    def saves_delta(self) -> bool:
+        return self.kind == "fine_tune" and self.tuning.type == "full" and self.publish.delta
 
     @property
     def scales(self) -> tuple[float, ...]:
         """Every scale to graft, the published one first, none twice (as it is written: six digits)."""
         if self.strategy == "direct":
             return (1.0,)
+        if self.evaluation.left_out is not None:  # nobody would look at the others
+            return (self.graft.scale,)
         return tuple({f"{scale:g}": scale for scale in (self.graft.scale, *self.evaluation.scales)}.values())
 
     @property

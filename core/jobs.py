@@ -34,6 +34,9 @@ TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 #: States from which a cancel needs no worker's help.
 CANCELLED_AT_ONCE: frozenset[str] = frozenset({"validating_files", "queued", "paused"})
 
+#: What events call a job, by its kind.
+_NOUNS = {"fine_tune": "fine-tuning job", "graft": "graft job"}
+
 #: The first wait before something that the infrastructure failed is tried again.
 RETRY_SECONDS = 30.0
 
@@ -64,7 +67,9 @@ class Outcome:
     artifacts: Sequence[Artifact]
     result_files: Sequence[File]
     trained_tokens: int | None
-    evaluation: dict[str, Any]
+    #: None where a graft's comparison was left out.
+    evaluation: dict[str, Any] | None
+    graft_result: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -86,11 +91,13 @@ def create(session: Session, job: Job) -> Job:
     job.status = "validating_files"
     session.add(job)
     session.flush()
-    add_events(session, job.id, [NewEvent(f"Created fine-tuning job: {job.id}"), NewEvent(_validating(job))])
+    add_events(session, job.id, [NewEvent(f"Created {_NOUNS[job.kind]}: {job.id}"), NewEvent(_validating(job))])
     return job
 
 
 def _validating(job: Job) -> str:
+    if job.kind == "graft":
+        return f"Checking that what {job.request['delta']['job_id']} learned fits {job.model}"
     files = [job.training_file_id, *([job.validation_file_id] if job.validation_file_id else [])]
     return f"Validating training file: {' and validation file: '.join(files)}"
 
@@ -120,7 +127,8 @@ def admit(
     ).first()
     if changed is None:
         return False
-    moved = NewEvent("Files validated, moving job to queued state")
+    checked = "Files validated" if spec.kind == "fine_tune" else "The change fits"
+    moved = NewEvent(f"{checked}, moving job to queued state")
     add_events(session, job_id, [*notes, moved])
     return True
 
@@ -190,15 +198,13 @@ def claim_next(
             not_before=None,
             progress=None,
         )
-        .returning(Job.id, Job.attempt)
+        .returning(Job.id, Job.attempt, Job.kind)
         .execution_options(synchronize_session=False)
     ).first()
     if row is None:
         return None
-    started = (
-        "Fine-tuning job started" if row.attempt == 1 else f"Fine-tuning job started again (attempt {row.attempt})"
-    )
-    add_events(session, row.id, [NewEvent(started)])
+    again = "" if row.attempt == 1 else f" again (attempt {row.attempt})"
+    add_events(session, row.id, [NewEvent(f"{_NOUNS[row.kind].capitalize()} started{again}")])
     return Claim(job_id=row.id, attempt=row.attempt)
 
 
@@ -249,6 +255,7 @@ def succeed(session: Session, claim: Claim, outcome: Outcome) -> bool:
             fine_tuned_model=JobSpec.model_validate(spec).fine_tuned_model,
             trained_tokens=outcome.trained_tokens,
             evaluation=outcome.evaluation,
+            graft_result=outcome.graft_result,
             result_file_ids=[file.id for file in outcome.result_files],
         )
         .returning(Job.fine_tuned_model)

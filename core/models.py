@@ -109,8 +109,9 @@ class Job(Base):
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     team_id: Mapped[str] = mapped_column(ForeignKey("team.id"))
     kind: Mapped[str] = mapped_column(String(16))
-    #: As the client sent it; the job echoes it.
+    #: As the client sent it; the job echoes it. A graft's target.
     model: Mapped[str] = mapped_column(String(256))
+    #: Of a graft, too: those of the job whose change it grafts.
     training_file_id: Mapped[str] = mapped_column(String(40))
     validation_file_id: Mapped[str | None] = mapped_column(String(40))
     suffix: Mapped[str | None] = mapped_column(String(64))
@@ -145,6 +146,8 @@ class Job(Base):
     fine_tuned_model: Mapped[str | None] = mapped_column(String(256))
     result_file_ids: Mapped[list[str]] = mapped_column(JsonColumn, default=list)
     evaluation: Mapped[dict[str, Any] | None] = mapped_column(JsonColumn)
+    #: The published graft's figures, fidelity first, once the job has succeeded.
+    graft_result: Mapped[dict[str, Any] | None] = mapped_column(JsonColumn)
     error: Mapped[dict[str, Any] | None] = mapped_column(JsonColumn)
 
     created_at: Mapped[datetime] = _created()
@@ -155,6 +158,9 @@ class Job(Base):
     @property
     def files(self) -> dict[str, str]:
         """Every file the job reads: the request's parameter -> the file's id."""
+        if self.kind == "graft":
+            carried_over: dict[str, str] = self.request["files"]
+            return carried_over
         probes = self.request["shadow"]["evaluation"]["probes"]
         validation = {"validation_file": self.validation_file_id} if self.validation_file_id else {}
         named = {f"shadow.evaluation.probes.{name}": file_id for name, file_id in probes.items()}

@@ -1,11 +1,17 @@
 """validating_files -> queued: the files are ready, revisions are pinned, headers agree, every `auto` has its number.
 
+A graft is planned here as well, from the target's headers and those of the published change.
+
 Nothing here needs a GPU or torch, so that a job that cannot succeed is refused before it costs one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import structlog
@@ -14,15 +20,27 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from core import jobs
+from core.adapter_plan import plan_adapter
 from core.broker import nudge
-from core.checkpoints import Checkpoint, read_checkpoint, read_hub_checkpoint
-from core.errors import Cause, InvalidInput, ShadowError
-from core.estimate import training_memory_bytes
-from core.graft_plan import plan_graft, smallest_linear_dimension
+from core.checkpoints import Checkpoint, read_adapter, read_checkpoint, read_delta, read_hub_checkpoint
+from core.errors import Cause, InvalidInput, PairRefused, ShadowError
+from core.estimate import GRAFT_BYTES, comparing_memory_bytes, training_memory_bytes
+from core.graft_plan import GraftPlan, Selection, is_linear, plan_graft, smallest_linear_dimension
 from core.hub import pin
-from core.job_spec import DataSource, Evaluation, Graft, JobSpec, ModelSource, PairSource, Tuning
+from core.job_spec import (
+    DataSource,
+    DeltaSource,
+    Evaluation,
+    Graft,
+    JobSpec,
+    ModelSource,
+    PairSource,
+    Publish,
+    Tuning,
+)
 from core.jobs import NewEvent
 from core.models import File, Job, Team
+from core.storage import Storage
 from worker.pipeline import Context
 
 #: The paper's recipe (arXiv 2505.12716, and its code).
@@ -32,6 +50,16 @@ PAPER_RANK = 128
 PAPER_LEARNING_RATE = {"lora": 2e-4, "full": 1e-5}
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A job with nothing left to decide, and what it will take on either device."""
+
+    spec: JobSpec
+    cpu_bytes: int
+    gpu_bytes: int
+    notes: Sequence[NewEvent]
 
 
 def admit_waiting(context: Context) -> int:
@@ -46,9 +74,9 @@ def _admit(context: Context, job_id: str) -> bool:
     try:
         with context.database.reading() as session:
             job = session.get_one(Job, job_id)
-            files = _ready_files(session, job)
             team = session.get_one(Team, job.team_id)
-        return files is not None and _resolve(context, job, files, team)
+            weigh = _to_weigh(session, job, team)
+        return weigh is not None and _let_in(context, job_id, weigh(context))
     except ShadowError as error:
         return _turn_down(context, job_id, error.cause)
     except OperationalError:  # the database is away: the sweep asks again
@@ -81,35 +109,73 @@ def _our_fault() -> Cause:
     )
 
 
-def _resolve(context: Context, job: Job, files: dict[str, File], team: Team) -> bool:
+def _to_weigh(session: Session, job: Job, team: Team) -> Callable[[Context], Admission] | None:
+    """What is left to do without the database: models may be far away. None while a file is still being checked."""
+    if job.kind == "graft":
+        learned = JobSpec.model_validate(session.get_one(Job, job.request["delta"]["job_id"]).spec)
+        data = {file_id: session.get(File, file_id) for file_id in job.files.values()}
+        return partial(weigh_graft, job=job, team=team, learned=learned, data=data)
+    files = _ready_files(session, job)
+    return partial(weigh_fine_tune, job=job, team=team, files=files) if files is not None else None
+
+
+def _let_in(context: Context, job_id: str, admission: Admission) -> bool:
+    with context.database.writing() as session:
+        admitted = jobs.admit(
+            session,
+            job_id,
+            admission.spec,
+            memory_bytes=admission.cpu_bytes,
+            gpu_memory_bytes=admission.gpu_bytes,
+            notes=admission.notes,
+        )
+        session.commit()
+    nudge("work")
+    log.info("job_admitted", memory_bytes=admission.cpu_bytes)
+    return admitted
+
+
+# --- a fine-tuning job ----------------------------------------------------------------------------------------------
+
+
+def weigh_fine_tune(context: Context, *, job: Job, team: Team, files: dict[str, File]) -> Admission:
     pair = _pinned(PairSource.model_validate(job.request["pair"]))
     cache = context.settings.model_cache_dir
     base, instruct = _headers(pair.base, cache), _headers(pair.instruct, cache)
-    scope = job.request["shadow"]["graft"]["scope"]
-    plan_graft(instruct, base, scope=scope)
     start = base if job.request["shadow"]["strategy"] == "shadow" else instruct
     report: dict[str, Any] = files[job.training_file_id].report  # type: ignore[assignment]  # a processed file has one
     rows = report["rows"]
     spec = make_spec(job, files, pair=pair, team_name=team.name, start=start, rows=rows)
-    memory_bytes, gpu_memory_bytes = (
+    # Direct tuning is the same graft with Instruct in the place of Base.
+    plan = plan_graft(instruct, start, selection=selection_of(spec))
+    _require_something_to_learn(spec, plan)
+    cpu_bytes, gpu_bytes = (
         training_memory_bytes(
             start, spec.tuning, rows=rows, longest_row=report["longest_row"]["characters"], device=device
         )
         for device in ("cpu", "cuda")
     )
-    with context.database.writing() as session:
-        admitted = jobs.admit(
-            session,
-            job.id,
-            spec,
-            memory_bytes=memory_bytes,
-            gpu_memory_bytes=gpu_memory_bytes,
-            notes=[_chosen(spec)],
+    return Admission(spec, cpu_bytes, gpu_bytes, [*_remarks(plan.remarks), _chosen(spec)])
+
+
+def selection_of(spec: JobSpec) -> Selection:
+    return Selection(spec.scope, spec.graft.include, spec.graft.exclude)
+
+
+def _require_something_to_learn(spec: JobSpec, plan: GraftPlan) -> None:
+    """LoRA moves the weights of linears alone, so a graft of none of them would train in vain."""
+    if spec.tuning.type == "lora" and not any(name.endswith("weight") and is_linear(name) for name in plan.grafted):
+        raise InvalidInput(
+            f"LoRA changes the weights of linears alone, and the patterns leave none of them to graft: include "
+            f"{list(spec.graft.include)}, exclude {list(spec.graft.exclude)}. Widen them, or use full tuning.",
+            param="shadow.graft.include",
         )
-        session.commit()
-    nudge("work")
-    log.info("job_admitted", memory_bytes=memory_bytes)
-    return admitted
+
+
+def _remarks(remarks: Sequence[str]) -> list[NewEvent]:
+    if not remarks:
+        return []
+    return [NewEvent(f"The models differ, harmlessly: {'; '.join(remarks)}", data={"remarks": list(remarks)})]
 
 
 def make_spec(
@@ -128,7 +194,7 @@ def make_spec(
         holdout_ratio=evaluation["holdout_ratio"],
         seed=job.seed,
         tuning=_tuning(job.request, start, rows),
-        graft=Graft(scale=shadow["graft"]["scale"], scope=shadow["graft"]["scope"]),
+        graft=Graft.model_validate(shadow["graft"]),
         evaluation=Evaluation(
             scales=tuple(evaluation["scales"]),
             exact_match=evaluation["exact_match"],
@@ -136,8 +202,13 @@ def make_spec(
             max_new_tokens=evaluation["max_new_tokens"],
             probes={name: _source(files[file_id]) for name, file_id in evaluation["probes"].items()},
         ),
-        fine_tuned_model=f"ft:{pair.name}:{team_name}:{job.suffix or ''}:{job.id[-8:]}",
+        publish=Publish.model_validate(shadow.get("publish", {})),  # a job from before this option waits without it
+        fine_tuned_model=_model_name(job, pair, team_name),
     )
+
+
+def _model_name(job: Job, pair: PairSource, team_name: str) -> str:
+    return f"ft:{pair.name}:{team_name}:{job.suffix or ''}:{job.id[-8:]}"
 
 
 def _tuning(request: dict[str, Any], start: Checkpoint, rows: int) -> Tuning:
@@ -196,6 +267,112 @@ def _chosen(spec: JobSpec) -> NewEvent:
 
 def _source(file: File) -> DataSource:
     return DataSource(file_id=file.id, filename=file.filename, storage_key=file.storage_key, sha256=file.sha256)
+
+
+# --- a graft --------------------------------------------------------------------------------------------------------
+
+
+def weigh_graft(context: Context, *, job: Job, team: Team, learned: JobSpec, data: dict[str, File | None]) -> Admission:
+    """`learned` is the spec of the job whose change is grafted, `data` what a comparison reads: by id, and None for a
+    file that has been deleted since."""
+    delta = DeltaSource.model_validate(job.request["delta"])
+    target = PairSource.model_validate(job.request["pair"])
+    pair = PairSource(name=target.name, base=learned.start, instruct=pin(target.instruct))
+    spec = make_graft_spec(job, learned, delta, pair=pair, team_name=team.name, left_out=_left_out(job, data))
+    cache = context.settings.model_cache_dir
+    instruct = _headers(pair.instruct, cache)
+    base = _headers_if_there(pair.base, cache) if delta.kind == "adapter" else None  # a saved delta has base's config
+    notes = _remarks(plan_delta(delta, instruct, base, selection_of(spec), context.storage))
+    if delta.kind == "adapter" and base is None:
+        notes.append(
+            NewEvent(
+                f"The model that {delta.job_id} tuned cannot be read any more: the adapter was compared with "
+                f"{target.name} by its shapes alone",
+                "warn",
+            )
+        )
+    if spec.evaluation.left_out is not None:
+        notes.append(NewEvent(f"The models will not be compared: {spec.evaluation.left_out}"))
+        return Admission(spec, GRAFT_BYTES, GRAFT_BYTES, notes)
+    rows = spec.evaluation.max_rows
+    longest = min(spec.tuning.max_length, max(_longest_row(file) for file in data.values() if file))
+    cpu_bytes, gpu_bytes = (
+        comparing_memory_bytes(instruct, rows=rows, longest_row=longest, device=device) for device in ("cpu", "cuda")
+    )
+    return Admission(spec, cpu_bytes, gpu_bytes, notes)
+
+
+def make_graft_spec(
+    job: Job, learned: JobSpec, delta: DeltaSource, *, pair: PairSource, team_name: str, left_out: str | None
+) -> JobSpec:
+    """Rows, seed and tuning stay those of the job that learned."""
+    asked = job.request["evaluation"]
+    given = {name: asked[name] for name in ("max_rows", "max_new_tokens", "exact_match") if asked[name] is not None}
+    compared = {**given, "scales": tuple(asked["scales"]), "left_out": left_out}
+    return learned.model_copy(
+        update={
+            "job_id": job.id,
+            "kind": "graft",
+            "strategy": "shadow",  # whatever it was tuned by: from here on it is a change like any other
+            "pair": pair,
+            "graft": Graft.model_validate(job.request["graft"]),
+            "evaluation": learned.evaluation.model_copy(update=compared),
+            "publish": Publish(),
+            "delta": delta,
+            "fine_tuned_model": _model_name(job, pair, team_name),
+        }
+    )
+
+
+def _left_out(job: Job, data: dict[str, File | None]) -> str | None:
+    if not job.request["evaluation"]["compare"]:
+        return "it was not asked for"
+    gone = [file_id for file_id, file in data.items() if file is None]
+    return f"the source job's data has been deleted since ({', '.join(gone)})" if gone else None
+
+
+def _longest_row(file: File) -> int:
+    report: dict[str, Any] = file.report  # type: ignore[assignment]  # it was trained or measured on, so it was checked
+    characters: int = report["longest_row"]["characters"]
+    return characters
+
+
+def _headers_if_there(source: ModelSource, cache: Path) -> Checkpoint | None:
+    """None for a model that is gone: an adapter can be grafted without it."""
+    try:
+        return _headers(source, cache)
+    except InvalidInput:
+        return None
+
+
+def plan_delta(
+    delta: DeltaSource, instruct: Checkpoint, base: Checkpoint | None, selection: Selection, storage: Storage
+) -> tuple[str, ...]:
+    """Refuse a published change that does not fit `instruct`, by headers alone; what is remarkable where it does.
+    `base` is what an adapter was trained on."""
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) / delta.job_id
+        for file in delta.files:
+            if not storage.path(file.storage_key).exists():
+                raise _artifact_gone(delta, file.path)
+            storage.fetch(file.storage_key, folder / file.path)
+        try:
+            if delta.kind == "adapter":
+                return plan_adapter(instruct, read_adapter(folder), base, selection=selection).remarks
+            return plan_graft(
+                instruct, read_delta(folder), selection=selection, words=("instruct", "the delta")
+            ).remarks
+        except PairRefused as error:
+            raise PairRefused(error.reasons, param="target") from None
+
+
+def _artifact_gone(delta: DeltaSource, path: str) -> InvalidInput:
+    return InvalidInput(
+        f"The artifact {delta.kind}/{path} of the job {delta.job_id} is not in the server's storage any more.",
+        code="artifact_missing",
+        param="source",
+        hint="Restore the storage folder from its backup, or train again.",
+    )
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

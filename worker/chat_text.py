@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from core.datasets import Conversation, Message, read_rows
 from core.errors import InvalidDataset, InvalidInput, PairRefused
@@ -109,13 +109,17 @@ class ChatText:
         self.tokenizer = tokenizer
 
     @classmethod
-    def load(cls, instruct: Path) -> ChatText:
+    def load(cls, instruct: Path, *, base: Path | None = None) -> ChatText:
+        """`base` is read the same ids: where it lacks the padding's row, the end mark pads, as any id may."""
+        if not _has_tokenizer(instruct):
+            raise _no_chats("tokenizer")
         tokenizer = _load_tokenizer(instruct)
         if tokenizer.chat_template is None:
-            raise InvalidInput(
-                "The instruct model has no chat template, so nothing tells how to write its chats.", param="model"
-            )
-        return cls(tokenizer)
+            raise _no_chats("chat template")
+        chat = cls(tokenizer)
+        if base is not None and chat.pad_id >= _embedding_rows(base):
+            tokenizer.pad_token = tokenizer.eos_token
+        return chat
 
     @property
     def pad_id(self) -> int:
@@ -223,7 +227,7 @@ def require_same_tokens(chat: ChatText, base: Path, rows: Sequence[Row]) -> None
 
     Ids that only one of the two knows are fine: base checkpoints often lack the chat marks.
     """
-    if not (base / "tokenizer_config.json").exists() and not (base / "tokenizer.json").exists():
+    if not _has_tokenizer(base):
         return
     other = ChatText(_load_tokenizer(base))
     vocabulary, known = other.tokenizer.get_vocab(), chat.tokenizer.get_vocab()
@@ -236,6 +240,45 @@ def require_same_tokens(chat: ChatText, base: Path, rows: Sequence[Row]) -> None
         for message in row.conversation.messages:
             if chat.ids(message.content) != other.ids(message.content):
                 raise PairRefused([f"their tokenizers give different ids for the text of row {row.number}"])
+
+
+def require_known_ids(chat: ChatText, base: Path, rows: Iterable[EncodedRow]) -> None:
+    """Refuse rows that need more of the vocabulary than base has: some base models lack the rows of the marks that were
+    added to instruct, and what is not there cannot be trained. `rows` are looked at only where some id is missing."""
+    known = _embedding_rows(base)
+    if max(chat.tokenizer.get_vocab().values()) < known:
+        return
+    for row in rows:
+        highest = max(row.input_ids)
+        if highest >= known:
+            token = chat.tokenizer.convert_ids_to_tokens(highest)
+            raise InvalidInput(
+                f"Row {row.row.number} needs the token {highest} ({token!r}) of the instruct model, and the base model "
+                f"has only the tokens 0 to {known - 1}, so it cannot be trained on that row.",
+                code="token_unknown_to_base",
+                param="model",
+                hint="Choose a pair whose base knows every token of instruct's chats, or the strategy 'direct', which "
+                "tunes the instruct model itself.",
+            )
+
+
+def _embedding_rows(model: Path) -> int:
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False, local_files_only=True)
+    rows: int = config.get_text_config().vocab_size
+    return rows
+
+
+def _no_chats(missing: str) -> InvalidInput:
+    return InvalidInput(
+        f"The instruct model has no {missing}, so nothing tells how to write its chats.",
+        param="model",
+        hint="Name a pair whose instruct model has one. A graft that compares nothing (evaluation.compare is false) "
+        "needs none.",
+    )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").exists() or (folder / "tokenizer.json").exists()
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -1,10 +1,11 @@
-"""Fill a workspace with what its steps read: the dataset files and both models. The last code with network.
+"""Fill a workspace with what its steps read: the dataset files and the models. The last code with network.
 
 Models come from one cache that all jobs of this machine share; a workspace holds links to them, never copies.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -15,10 +16,10 @@ import structlog
 from huggingface_hub import snapshot_download
 
 from core.config import Settings
-from core.errors import InvalidInput, Unavailable
+from core.errors import Cause, InvalidInput, StepFailed, Unavailable
 from core.hub import hub_errors
-from core.job_spec import DataSource, JobSpec, ModelSource
-from core.storage import Storage
+from core.job_spec import DataSource, DeltaFile, DeltaSource, JobSpec, ModelSource
+from core.storage import COPY_BYTES, Storage
 from worker.workspace import Workspace, write_durably
 
 #: Nothing else of a repository is ever fetched: no pickles, no code.
@@ -39,17 +40,27 @@ def fetch(
 
     `check` is asked while a download runs, and before anything that another attempt might rely on is replaced.
     """
-    base, instruct = (_model_folder(source, settings, check) for source in (spec.pair.base, spec.pair.instruct))
+    models = {workspace.instruct: spec.pair.instruct}
+    if spec.delta is None:  # a graft needs no base: the change holds all that is left of it
+        models[workspace.base] = spec.pair.base
+    folders = {link: _model_folder(source, settings, check) for link, source in models.items()}
     check()
     workspace.inputs.mkdir(parents=True, exist_ok=True)
     write_durably(workspace.spec_file, spec.model_dump_json(indent=2).encode())
+    if spec.evaluation.left_out is None:
+        _fetch_rows(spec, workspace, storage)
+    if spec.delta is not None:
+        _fetch_delta(spec.delta, workspace.delta, storage, check)
+    for link, folder in folders.items():
+        _link(folder, link)
+
+
+def _fetch_rows(spec: JobSpec, workspace: Workspace, storage: Storage) -> None:
     _fetch_data(spec.training, workspace.training, storage)
     if spec.validation:
         _fetch_data(spec.validation, workspace.validation, storage)
     for name, source in spec.evaluation.probes.items():
         _fetch_data(source, workspace.probe(name), storage)
-    _link(base, workspace.base)
-    _link(instruct, workspace.instruct)
 
 
 def _fetch_data(source: DataSource, destination: Path, storage: Storage) -> None:
@@ -60,6 +71,37 @@ def _fetch_data(source: DataSource, destination: Path, storage: Storage) -> None
             hint="Upload it again and create a new job.",
         )
     storage.fetch(source.storage_key, destination)
+
+
+def _fetch_delta(delta: DeltaSource, folder: Path, storage: Storage, check: Callable[[], None]) -> None:
+    """Every file of a published change, its bytes checked against the hash that was taken when it was published."""
+    for file in delta.files:
+        if not storage.path(file.storage_key).exists():
+            raise _artifact_trouble(delta, file, "is not in the server's storage any more")
+        storage.fetch(file.storage_key, folder / file.path)
+        if _sha256(folder / file.path, check) != file.sha256:
+            raise _artifact_trouble(delta, file, "has other bytes than were published")
+
+
+def _sha256(path: Path, check: Callable[[], None]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        while piece := content.read(COPY_BYTES):
+            digest.update(piece)
+            check()
+    return digest.hexdigest()
+
+
+def _artifact_trouble(delta: DeltaSource, file: DeltaFile, finding: str) -> StepFailed:
+    return StepFailed(
+        Cause(
+            code="artifact_damaged",
+            message=f"The artifact {delta.kind}/{file.path} of the job {delta.job_id} {finding}.",
+            hint="Restore the storage folder from its backup, or train again.",
+            fault="infrastructure",
+            param="source",
+        )
+    )
 
 
 def _model_folder(source: ModelSource, settings: Settings, check: Callable[[], None]) -> Path:

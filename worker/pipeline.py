@@ -104,22 +104,32 @@ def _tell(run: Run) -> None:
     """The job's story."""
     spec = run.spec
     inputs.fetch(spec, run.workspace, storage=run.context.storage, settings=run.context.settings, check=run.lease.check)
-    shadow = spec.strategy == "shadow"
-    run.enter("training", f"Training the {'base' if shadow else 'instruct'} model ({spec.tuning.type})")
-    run.step("train")
+    if spec.kind == "fine_tune":
+        run.enter("training", _training(spec))
+        run.step("train")
     run.enter("grafting", _grafting(spec))
     run.step("graft")
-    run.enter("evaluating", "Comparing the models on held-out rows")
-    verdict = run.step("evaluate")["verdict"]["summary"]
-    run.enter("publishing", f"Publishing. {verdict}")
+    verdict = ""
+    if spec.evaluation.left_out is None:
+        run.enter("evaluating", "Comparing the models on held-out rows")
+        verdict = run.step("evaluate")["verdict"]["summary"]
+    run.enter("publishing", f"Publishing. {verdict}".strip())
     _publish(run)
+
+
+def _training(spec: JobSpec) -> str:
+    return f"Training the {'base' if spec.strategy == 'shadow' else 'instruct'} model ({spec.tuning.type})"
 
 
 def _grafting(spec: JobSpec) -> str:
     if spec.strategy == "direct":
         return "Adding the learned change to the instruct model it was learned on"
+    if spec.delta is not None:
+        what, where = f"what {spec.delta.job_id} learned", f"the instruct model of {spec.pair.name}"
+    else:
+        what, where = "the learned change", "the instruct model"
     scales = ", ".join(f"{scale:g}" for scale in spec.scales)
-    return f"Grafting the learned change onto the instruct model (scale {scales})"
+    return f"Grafting {what} onto {where} (scale {scales})"
 
 
 def _publish(run: Run) -> None:

@@ -9,13 +9,14 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core.errors import Cause, StepFailed
 from core.ids import new_id
-from core.job_spec import JobSpec
+from core.job_spec import Graft, JobSpec, ModelSource
 from core.jobs import Claim, Outcome
 from core.models import Artifact, File
 from core.storage import Storage
@@ -52,44 +53,97 @@ def publish(
     for publication in publications(spec, workspace):
         check()
         artifacts.append(_store(publication, claim, team_id, storage))
-    _verify_manifest(artifacts, workspace.grafted(spec.scales[0]))
+    _verify_manifest(artifacts, "model", workspace.grafted(spec.scales[0]))
+    if spec.saves_delta:
+        _verify_manifest(artifacts, "delta", workspace.saved_delta)
     artifacts.append(_manifest(artifacts, claim, team_id, storage))
-    trained = json.loads(workspace.result("train").read_bytes())
+    trains = spec.kind == "fine_tune"
+    compares = spec.evaluation.left_out is None
     return Outcome(
         artifacts=artifacts,
-        result_files=[_result_file(workspace, claim, team_id, storage)],
-        trained_tokens=trained["trained_tokens"],
-        evaluation=json.loads(workspace.report.read_bytes()),
+        result_files=[_result_file(workspace, claim, team_id, storage)] if trains else [],
+        trained_tokens=json.loads(workspace.result("train").read_bytes())["trained_tokens"] if trains else None,
+        evaluation=json.loads(workspace.report.read_bytes()) if compares else None,
+        graft_result=graft_result(workspace),
     )
 
 
 def publications(spec: JobSpec, workspace: Workspace) -> Iterator[Publication]:
     yield from _folder("model", workspace.grafted(spec.scales[0]))
     yield Publication("card", "model/README.md", _write_card(spec, workspace))
+    if spec.evaluation.left_out is None:
+        for path in (workspace.report, workspace.report.with_suffix(".md")):
+            yield Publication("report", path.name, path)
+    if spec.kind == "graft":
+        return
     if spec.tuning.type == "lora":
         yield from _folder("adapter", workspace.adapter)
-    for path in (workspace.report, workspace.report.with_suffix(".md")):
-        yield Publication("report", path.name, path)
+    if spec.saves_delta:
+        yield from _folder("delta", workspace.saved_delta)
     yield Publication("metrics", workspace.metrics.name, workspace.metrics)
+
+
+def graft_result(workspace: Workspace) -> dict[str, Any]:
+    """The published graft's figures. Those of single layers and modules stand in its shadow.json."""
+    result = json.loads(workspace.result("graft").read_bytes())
+    figures: dict[str, Any] = result["scales"][result["published"]]
+    return {name: value for name, value in figures.items() if name not in ("layers", "modules")}
 
 
 def _write_card(spec: JobSpec, workspace: Workspace) -> Path:
     """The model's card, as the Hub reads one: what it was made of and how, then the evaluation."""
-    models = (spec.pair.base, spec.pair.instruct)
-    names = [model.location if model.kind == "hub" else Path(model.location).name for model in models]
-    tuning = f"LoRA of rank {spec.tuning.rank}" if spec.tuning.type == "lora" else "full tuning"
-    made = (
-        f"Shadow-FT (arXiv 2505.12716): {tuning} on {names[0]}, its change grafted onto {names[1]} at scale "
-        f"{spec.graft.scale:g}, scope {spec.graft.scope}."
-        if spec.strategy == "shadow"
-        else f"Direct tuning, for comparison: {tuning} on {names[1]}."
-    )
-    front = f"---\nbase_model: {json.dumps(names[1])}\ntags: [shadow-ft]\n---\n"
+    front = f"---\nbase_model: {json.dumps(_name(spec.pair.instruct))}\ntags: [shadow-ft]\n---\n"
+    parts = [f"{front}\n# {spec.fine_tuned_model}", _how_made(spec), _kept(graft_result(workspace))]
+    if spec.evaluation.left_out is None:
+        parts.append(workspace.report.with_suffix(".md").read_text())
     card = workspace.root / "README.md"
-    card.write_text(
-        f"{front}\n# {spec.fine_tuned_model}\n\n{made}\n\n{workspace.report.with_suffix('.md').read_text()}"
-    )
+    card.write_text("\n\n".join(parts))
     return card
+
+
+def _how_made(spec: JobSpec) -> str:
+    start, instruct = _name(spec.start), _name(spec.pair.instruct)
+    tuning = f"LoRA of rank {spec.tuning.rank}" if spec.tuning.type == "lora" else "full tuning"
+    if spec.delta is not None:
+        return (
+            f"Shadow-FT (arXiv 2505.12716), without training: what the job {spec.delta.job_id} learned ({tuning} on "
+            f"{start}), grafted onto {instruct} at {_options(spec.graft)}."
+        )
+    if spec.strategy == "direct":
+        return f"Direct tuning, for comparison: {tuning} on {instruct}."
+    return (
+        f"Shadow-FT (arXiv 2505.12716): {tuning} on {start}, its change grafted onto {instruct} at "
+        f"{_options(spec.graft)}."
+    )
+
+
+def _options(graft: Graft) -> str:
+    """Scale and scope, and what differs from the defaults."""
+    parts = [f"scale {graft.scale:g}", f"scope {graft.scope}"]
+    if graft.include:
+        parts.append(f"only {_listed(graft.include)}")
+    if graft.exclude:
+        parts.append(f"without {_listed(graft.exclude)}")
+    if graft.output_dtype != "auto":
+        parts.append(f"stored in {graft.output_dtype}")
+    return ", ".join(parts)
+
+
+def _listed(patterns: Sequence[str]) -> str:
+    """As Markdown code; what a client wrote must not end it."""
+    return ", ".join(f"`{pattern.replace('`', '?')}`" for pattern in patterns)
+
+
+def _kept(result: dict[str, Any]) -> str:
+    if result["grafted"] == 0:
+        return "There was no change to graft: the weights are the instruct model's own."
+    kept = f"Of the grafted change {result['fidelity']:.1%} survived storage in the weights' dtype (L2)"
+    discarded = f"; scope and patterns had left out {result['discarded_share']:.1%} of what was learned"
+    return f"{kept}{discarded if result['discarded_share'] else ''}."
+
+
+def _name(source: ModelSource) -> str:
+    return source.location if source.kind == "hub" else Path(source.location).name
 
 
 def _folder(kind: str, folder: Path) -> Iterator[Publication]:
@@ -117,16 +171,16 @@ def _artifact(kind: str, path: str, key: str, claim: Claim, team_id: str, size: 
     )
 
 
-def _verify_manifest(artifacts: list[Artifact], model: Path) -> None:
+def _verify_manifest(artifacts: list[Artifact], kind: str, folder: Path) -> None:
     """What was stored must be what the graft wrote: compare with the hashes it took while writing."""
-    written = json.loads((model / "manifest.json").read_bytes())["files"]
-    stored = {artifact.path.removeprefix("model/"): artifact.sha256 for artifact in artifacts}
+    written = json.loads((folder / "manifest.json").read_bytes())["files"]
+    stored = {artifact.path: artifact.sha256 for artifact in artifacts}
     for name, entry in written.items():
-        if stored.get(name) != entry["sha256"]:
+        if stored.get(f"{kind}/{name}") != entry["sha256"]:
             raise StepFailed(
                 Cause(
                     code="artifact_damaged",
-                    message=f"The stored copy of {name} differs from what the graft wrote.",
+                    message=f"The stored copy of {kind}/{name} differs from what the graft wrote.",
                     hint="The worker's disk or memory is suspect; the job is tried again.",
                     retryable=True,
                     fault="infrastructure",

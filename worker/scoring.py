@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from core.estimate import SCORED_LOGITS
 from worker.chat_text import IGNORED, EncodedRow
-
-#: Logits of one batch, B * L * V elements: 1 GiB in float32.
-_MAX_LOGITS = 2**28
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Score:
 def score_rows(model: Any, rows: Sequence[EncodedRow], pad_id: int) -> Iterator[tuple[int, Score]]:
     """Each row's index and score, longest rows first: a batch too large for the memory fails at once."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids), reverse=True)
-    per_batch = max(1, _MAX_LOGITS // (len(rows[order[0]].input_ids) * model.config.get_text_config().vocab_size))
+    per_batch = max(1, SCORED_LOGITS // (len(rows[order[0]].input_ids) * model.config.get_text_config().vocab_size))
     for first in range(0, len(order), per_batch):
         indices = order[first : first + per_batch]
         yield from zip(indices, _score_batch(model, [rows[index] for index in indices], pad_id), strict=True)

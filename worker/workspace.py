@@ -1,9 +1,11 @@
 """The names of every file in a job's folder.
 
 job.json            JobSpec
-inputs/             training, validation, probes/NAME; base and instruct are links, never copies
+inputs/             training, validation, probes/NAME; base and instruct are links, never copies; of a graft, delta/ is
+                    the change that it grafts
 train/              adapter/ (LoRA) or model/ (full), metrics.jsonl, result.json
-graft/SCALE/        one model folder for each scale
+graft/SCALE/        one model folder for each scale, and its figures in SCALE.json
+graft/delta/        the change of full tuning, where it is to be published
 evaluate/           report.json, report.md
 logs/STEP.log       what a step printed
 STEP/failure.json   why a step gave up, when it knows
@@ -19,6 +21,9 @@ from pathlib import Path
 
 from core.durable import sync_folder
 from core.job_spec import JobSpec
+
+#: Their work is taken up where a killed run left it, and they tell by themselves what is worth keeping.
+RESUMED_STEPS = frozenset({"graft"})
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,16 @@ class Workspace:
         return self.inputs / "instruct"
 
     @property
+    def delta(self) -> Path:
+        """What a graft grafts: a PEFT adapter or a saved delta, as an earlier job published it."""
+        return self.inputs / "delta"
+
+    @property
+    def saved_delta(self) -> Path:
+        """The change that full tuning made, as it is published."""
+        return self.step("graft") / "delta"
+
+    @property
     def adapter(self) -> Path:
         return self.step("train") / "adapter"
 
@@ -76,6 +91,10 @@ class Workspace:
     def grafted(self, scale: float) -> Path:
         return self.step("graft") / f"{scale:g}"
 
+    def figures(self, scale: float) -> Path:
+        """Written once the graft at that scale stands."""
+        return self.step("graft") / f"{scale:g}.json"
+
     def step(self, name: str) -> Path:
         return self.root / name
 
@@ -95,10 +114,12 @@ class Workspace:
         return JobSpec.model_validate_json(self.spec_file.read_bytes())
 
     def begin(self, name: str) -> Path:
-        """An empty folder for the step: what a killed run left there is worth nothing without its mark."""
+        """An empty folder for the step, unless it resumes: what a killed run left is worth nothing without its mark."""
         folder = self.step(name)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        if name not in RESUMED_STEPS:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.failure(name).unlink(missing_ok=True)
         self.log(name).parent.mkdir(exist_ok=True)
         return folder
 

@@ -52,7 +52,8 @@ def list_artifacts(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     kind: Kind | None = None,
 ) -> dict[str, Any]:
-    """The files that the job published, newest first. Empty until the job has succeeded."""
+    """The files that the job published, newest first. Empty until the job has succeeded. The kinds `adapter` (LoRA) and
+    `delta` (full tuning with `publish.delta`) are what `POST /v1/grafts` can graft again."""
     with service.database.reading() as session:
         own_job(session, job_id, caller)
         last = cursor(session, Artifact, after, caller)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -16,7 +17,7 @@ from api.strict_json import StrictRoute
 from core import jobs
 from core.broker import nudge
 from core.errors import InvalidInput
-from core.job_spec import PairSource
+from core.job_spec import JobKind, PairSource
 from core.keys import Caller
 from core.models import File, Job
 from core.pairs import find_pair
@@ -24,6 +25,13 @@ from core.pairs import find_pair
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["Fine-tuning jobs"], route_class=StrictRoute)
 
 Auto = Literal["auto"]
+
+Suffix = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+Scale = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Patterns = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=32)]
 
 #: A job has at most 16 pairs of metadata to ask for, besides the page.
 MAX_QUERY_PARAMETERS = 20
@@ -84,18 +92,34 @@ class TuningOptions(StrictModel):
 class GraftOptions(StrictModel):
     """`W_out = W_instruct + scale * (W_base_tuned - W_base)`."""
 
-    scale: float = Field(1.0, ge=-2, le=2, allow_inf_nan=False)
+    scale: Scale = Field(1.0, description="0 gives the instruct model itself; more than 1 exaggerates the change.")
     scope: Literal["linear", "all"] = Field(
         "linear",
         description="`linear`: the attention and MLP projections. `all`: every tensor that both models share. "
         "They differ after full tuning only: LoRA changes nothing but linears.",
+    )
+    include: Patterns = Field(
+        default_factory=list,
+        description="Shell patterns on the instruct model's tensor names: of the scope, only what one of them matches "
+        "is grafted. Empty: all of the scope. What is left out stays the instruct model's to the bit.",
+        examples=[["model.layers.1[0-9].*"]],
+    )
+    exclude: Patterns = Field(
+        default_factory=list,
+        description="Shell patterns, as in `include`, of tensors that are not grafted; they win over `include`.",
+        examples=[["*.down_proj.weight"]],
+    )
+    output_dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="Of the grafted model's weights. `auto`: the instruct model's own. `float32` keeps small changes "
+        "that bfloat16 rounds away, at twice the size; `graft_result.fidelity` tells how much was kept.",
     )
 
 
 class EvaluationOptions(StrictModel):
     """What is compared after the training: untouched instruct, the tuned model, and each graft."""
 
-    scales: list[Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]] = Field(
+    scales: list[Scale] = Field(
         default_factory=list, max_length=8, description="Further scales to graft and measure; only one is published."
     )
     holdout_ratio: float = Field(
@@ -113,6 +137,17 @@ class EvaluationOptions(StrictModel):
     )
 
 
+class PublishOptions(StrictModel):
+    """What is published besides the grafted model, the evaluation and the metrics."""
+
+    delta: bool = Field(
+        False,
+        description="Full tuning: publish the learned change itself (float32, artifacts of the kind `delta`), so that "
+        "`POST /v1/grafts` can graft it again, onto other models too, without training. With LoRA this changes "
+        "nothing: the adapter is the change, and it is always published.",
+    )
+
+
 class ShadowOptions(StrictModel):
     """What is ours, beside OpenAI's fields."""
 
@@ -122,6 +157,7 @@ class ShadowOptions(StrictModel):
     tuning: TuningOptions = TuningOptions()
     graft: GraftOptions = GraftOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
+    publish: PublishOptions = PublishOptions()
 
     @model_validator(mode="after")
     def _direct_has_no_graft(self) -> ShadowOptions:
@@ -146,11 +182,9 @@ class JobRequest(StrictModel):
     model: str = Field(min_length=1, max_length=256, description="A pair's name, an instruct id, or a base id.")
     training_file: str = Field(min_length=1, max_length=100)
     validation_file: str | None = Field(None, min_length=1, max_length=100)
-    suffix: str | None = Field(None, min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    suffix: Suffix | None = None
     seed: int | None = Field(None, ge=0, le=2**31 - 1)
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = Field(
-        None, max_length=16
-    )
+    metadata: Metadata | None = None
     method: Method | None = None
     # Not pydantic's own `deprecated`, which warns whenever this server reads the field.
     hyperparameters: Hyperparameters | None = Field(
@@ -170,12 +204,19 @@ class JobError(BaseModel):
 
 
 class JobObject(BaseModel):
-    """A job. Fields beside OpenAI's: `phase`, `progress`, `pair`, `shadow`, `waiting_for`, `attempt`."""
+    """A job. Fields beside OpenAI's: `kind`, `phase`, `progress`, `pair`, `shadow`, `graft_result`, `waiting_for`,
+    `attempt`.
+
+    Once it has succeeded, `graft_result` tells how much of the learned change its model holds: `fidelity` (the share
+    that survived storage in the weights' dtype), `discarded_share` (what scope and patterns left out) and more.
+    A job of the kind `graft` can be asked for here as well; `GET /v1/grafts/{id}` shows it in its own words.
+    """
 
     model_config = ConfigDict(extra="allow")
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    kind: Literal["fine_tune", "graft"]
     created_at: int
     finished_at: int | None
     model: str
@@ -197,6 +238,7 @@ class JobObject(BaseModel):
     user_provided_suffix: str | None
     pair: str
     shadow: dict[str, Any]
+    graft_result: dict[str, Any] | None
     progress: dict[str, Any] | None
     waiting_for: str | None
     attempt: int
@@ -227,13 +269,10 @@ def list_jobs(
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> dict[str, Any]:
-    """List the team's jobs. `metadata[key]=value` filters, `metadata=null` finds jobs without any."""
+    """List the team's fine-tuning jobs. `metadata[key]=value` filters, `metadata=null` finds jobs without any."""
+    filters = _metadata_filter(request)
     with service.database.reading() as session:
-        last = cursor(session, Job, after, caller)
-        query = select(Job).where(Job.team_id == caller.team_id, *_metadata_filter(request)).order_by(Job.id.desc())
-        if last is not None:
-            query = query.where(Job.id < last.id)
-        found = session.scalars(query.limit(limit + 1)).all()
+        found = jobs_page(session, caller, "fine_tune", after, limit, filters)
         return page([_render(session, job, service) for job in found], limit)
 
 
@@ -253,6 +292,22 @@ def cancel_job(job_id: str, caller: CallerDep, service: ServiceDep) -> dict[str,
         session.commit()
         session.refresh(job)
         return _render(session, job, service)
+
+
+def jobs_page(
+    session: Session,
+    caller: Caller,
+    kind: JobKind,
+    after: str | None,
+    limit: int,
+    filters: Sequence[ColumnElement[bool]] = (),
+) -> Sequence[Job]:
+    """The team's jobs of one kind after the cursor, newest first, and one more than `limit`."""
+    query = select(Job).where(Job.team_id == caller.team_id, Job.kind == kind, *filters).order_by(Job.id.desc())
+    last = cursor(session, Job, after, caller, Job.kind == kind)
+    if last is not None:
+        query = query.where(Job.id < last.id)
+    return session.scalars(query.limit(limit + 1)).all()
 
 
 def own_job(session: Session, job_id: str, caller: Caller) -> Job:
@@ -345,18 +400,11 @@ def _check_file(session: Session, file_id: str, caller: Caller, param: str, purp
 
 def _render(session: Session, job: Job, service: Service) -> dict[str, Any]:
     hyperparameters = _shown_hyperparameters(job)
-    progress = _shown_progress(job)
-    stale = service.settings.lease_seconds
     return {
-        "id": job.id,
+        **render_life(session, job, service),
         "object": "fine_tuning.job",
-        "created_at": timestamp(job.created_at),
-        "finished_at": timestamp(job.finished_at),
+        "kind": job.kind,
         "model": job.model,
-        "fine_tuned_model": job.fine_tuned_model,
-        "organization_id": job.team_id,
-        "status": job.status,
-        "phase": job.phase,
         "training_file": job.training_file_id,
         "validation_file": job.validation_file_id,
         "result_files": job.result_file_ids,
@@ -364,22 +412,38 @@ def _render(session: Session, job: Job, service: Service) -> dict[str, Any]:
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         "seed": job.seed,
         "trained_tokens": job.trained_tokens,
-        "error": job.error,
         # The running phase's pace is in `progress`; what the phases after it will take is not known yet.
         "estimated_finish": None,
         "integrations": [],
+        "shadow": _shown_shadow(job),
+    }
+
+
+def render_life(session: Session, job: Job, service: Service) -> dict[str, Any]:
+    """What jobs of both kinds show."""
+    return {
+        "id": job.id,
+        "created_at": timestamp(job.created_at),
+        "finished_at": timestamp(job.finished_at),
+        "fine_tuned_model": job.fine_tuned_model,
+        "organization_id": job.team_id,
+        "status": job.status,
+        "phase": job.phase,
+        "graft_result": job.graft_result,
+        "error": job.error,
         "metadata": job.labels,
         "user_provided_suffix": job.suffix,
         "pair": job.request["pair"]["name"],
-        "shadow": _shown_shadow(job),
-        "progress": progress,
-        "waiting_for": jobs.waiting_for(session, job, stale_worker_seconds=stale),
+        "progress": _shown_progress(job),
+        "waiting_for": jobs.waiting_for(session, job, stale_worker_seconds=service.settings.lease_seconds),
         "attempt": job.attempt,
     }
 
 
 def _shown_hyperparameters(job: Job) -> dict[str, Any]:
-    """As asked for; once the job is admitted every `auto` is the number that it became."""
+    """As asked for; once the job is admitted every `auto` is the number that it became. A graft trains nothing."""
+    if job.kind == "graft":
+        return {}
     asked = job.request["hyperparameters"]
     if job.spec is None:
         return dict(asked)
@@ -393,6 +457,8 @@ def _shown_hyperparameters(job: Job) -> dict[str, Any]:
 
 
 def _shown_shadow(job: Job) -> dict[str, Any]:
+    if job.kind == "graft":
+        return {name: job.request[name] for name in ("source", "graft", "evaluation")}
     asked: dict[str, Any] = job.request["shadow"]
     if job.spec is None:
         return asked

@@ -20,6 +20,9 @@ from tests.servers import PLAIN, Api, Member
 
 ROW = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
 MODEL = "qwen2.5-0.5b"
+EVALUATION = {"verdict": "better"}
+#: One for each kind of id in a path.
+IDS = {"file_id": "file-x", "job_id": "ftjob-x", "graft_id": "ftjob-y", "artifact_id": "art_x"}
 
 
 class Client:
@@ -43,6 +46,12 @@ class Client:
         job_id: str = answer.json()["id"]
         return job_id
 
+    def graft(self, source: str, **fields: Any) -> str:
+        answer = self.http.post("/grafts", json={"target": MODEL, "source": source, **fields})
+        assert answer.status_code == 200, answer.text
+        job_id: str = answer.json()["id"]
+        return job_id
+
     def check_file(self, file_id: str, *, error: str | None = None) -> None:
         """What the light worker writes."""
         status = {"status": "error" if error else "processed", "status_details": error}
@@ -52,14 +61,14 @@ class Client:
             )
             session.commit()
 
-    def admit(self, job_id: str, *, memory_bytes: int = 0) -> None:
+    def admit(self, job_id: str, *, memory_bytes: int = 0, **spec: Any) -> None:
         with self.api.database.writing() as session:
-            assert jobs.admit(session, job_id, make_spec(job_id), memory_bytes=memory_bytes)
+            assert jobs.admit(session, job_id, make_spec(job_id, **spec), memory_bytes=memory_bytes)
             session.commit()
 
-    def start(self, job_id: str) -> jobs.Claim:
+    def start(self, job_id: str, **spec: Any) -> jobs.Claim:
         """Admit it, and claim it as the only job that asks for no memory."""
-        self.admit(job_id)
+        self.admit(job_id, **spec)
         with self.api.database.writing() as session:
             session.execute(update(Job).where(Job.id == job_id).values(memory_bytes=-1))
             claim = jobs.claim_next(session, worker_id="worker-x", lane_memory_bytes=-1, lease_seconds=600)
@@ -68,9 +77,16 @@ class Client:
         assert claim.job_id == job_id
         return claim
 
-    def finish(self, job_id: str, files: dict[str, bytes] | None = None) -> None:
+    def finish(
+        self,
+        job_id: str,
+        files: dict[str, bytes] | None = None,
+        *,
+        evaluation: dict[str, Any] | None = EVALUATION,
+        **spec: Any,
+    ) -> None:
         """Bring it to its success with these artifacts, by the verbs that a worker uses."""
-        claim, storage = self.start(job_id), LocalStorage(self.api.settings.storage_dir)
+        claim, storage = self.start(job_id, **spec), LocalStorage(self.api.settings.storage_dir)
         artifacts = [
             self._store(storage, claim, path, content) for path, content in (files or {"model/w": b"w"}).items()
         ]
@@ -79,7 +95,7 @@ class Client:
             sha256="0" * 64, storage_key="nowhere", status="processed",
         )  # fmt: skip
         with self.api.database.writing() as session:
-            assert jobs.succeed(session, claim, Outcome(artifacts, [result], 7, {"verdict": "better"}))
+            assert jobs.succeed(session, claim, Outcome(artifacts, [result], 7, evaluation, {"fidelity": 1.0}))
             session.commit()
 
     def _store(self, storage: LocalStorage, claim: jobs.Claim, path: str, content: bytes) -> Artifact:
@@ -88,7 +104,7 @@ class Client:
         incoming.write(content)
         stored = incoming.keep()
         return Artifact(
-            id=new_id("art_"), job_id=claim.job_id, team_id=self.member.team_id, kind="model", path=path,
+            id=new_id("art_"), job_id=claim.job_id, team_id=self.member.team_id, kind=path.partition("/")[0], path=path,
             bytes=stored.bytes, sha256=stored.sha256, storage_key=key,
         )  # fmt: skip
 
@@ -137,9 +153,9 @@ def routes(openapi: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Every method and path of the OpenAPI page, ids filled in."""
     for path, methods in openapi["paths"].items():
         for method in methods:
-            filled = (
-                path.replace("{file_id}", "file-x").replace("{job_id}", "ftjob-x").replace("{artifact_id}", "art_x")
-            )
+            filled = path
+            for name, value in IDS.items():
+                filled = filled.replace(f"{{{name}}}", value)
             assert "{" not in filled, f"the tests do not know the ids of {path}"
             yield method.upper(), filled
 

@@ -6,7 +6,10 @@ import pytest
 
 from tests.api.talk import ROW, Client, told
 
-LISTS = ["/files", "/fine_tuning/jobs", "/fine_tuning/jobs/{job}/events", "/fine_tuning/jobs/{job}/artifacts", "/pairs"]
+LISTS = [
+    *("/files", "/pairs", "/grafts", "/fine_tuning/jobs"),
+    *("/fine_tuning/jobs/{job}/events", "/fine_tuning/jobs/{job}/artifacts"),
+]
 
 
 @pytest.fixture
@@ -95,7 +98,7 @@ IDS = [
     "*",
 ]
 GET = [
-    *("/files/{}", "/files/{}/content", "/files/{}/report", "/artifacts/{}", "/artifacts/{}/content"),
+    *("/files/{}", "/files/{}/content", "/files/{}/report", "/artifacts/{}", "/artifacts/{}/content", "/grafts/{}"),
     *(f"/fine_tuning/jobs/{{}}{part}" for part in ("", "/events", "/artifacts", "/evaluation")),
 ]
 
@@ -130,15 +133,16 @@ def stranger(api):
 def test_a_team_sees_nothing_of_another(client, stranger):
     file_id = client.upload()
     job_id = client.submit(file_id)
-    client.finish(job_id)
+    client.finish(job_id, {"adapter/adapter_model.safetensors": b"a"})
+    graft_id = client.graft(job_id)
     artifact_id = client.http.get(f"/fine_tuning/jobs/{job_id}/artifacts").json()["first_id"]
     event_id = client.http.get(f"/fine_tuning/jobs/{job_id}/events").json()["first_id"]
     for path in GET:
-        mine = artifact_id if "artifacts/{" in path else file_id if "/files/" in path else job_id
+        mine = {"artifacts": artifact_id, "files": file_id, "grafts": graft_id}.get(path.split("/")[1], job_id)
         assert_absent(stranger.http.get(path.format(mine)), path, mine, stranger)
     assert_absent(stranger.http.delete(f"/files/{file_id}"), "/files/{}", file_id, stranger)
     assert_absent(stranger.http.post(f"/fine_tuning/jobs/{job_id}/cancel"), "/fine_tuning/jobs/{}", job_id, stranger)
-    for path, cursor in [("/files", file_id), ("/fine_tuning/jobs", job_id)]:
+    for path, cursor in [("/files", file_id), ("/fine_tuning/jobs", job_id), ("/grafts", graft_id)]:
         assert stranger.http.get(path).json()["data"] == []
         told(stranger.http.get(path, params={"after": cursor}), 400, param="after")
     own = stranger.submit()

@@ -152,7 +152,8 @@ def test_resolved_numbers_replace_auto_once_they_are_known(strict, client):
 
 def test_what_is_ours_goes_both_ways_through_the_sdk(sdk):
     job = submit(sdk, extra_body={"shadow": {"strategy": "shadow", "graft": {"scale": 0.5}}})
-    assert job.shadow["graft"] == {"scale": 0.5, "scope": "linear"}
+    defaults = {"scope": "linear", "include": [], "exclude": [], "output_dtype": "auto"}
+    assert job.shadow["graft"] == {"scale": 0.5, **defaults}
     assert (job.pair, job.phase, job.attempt) == (MODEL, None, 0)
 
 
@@ -236,6 +237,7 @@ def test_a_success_names_its_model_and_its_files(strict, client):
         assert hashlib.sha256(content).hexdigest() == artifact["sha256"]
         assert client.http.get(f"/artifacts/{artifact['id']}").json() == artifact
     assert client.http.get(f"/fine_tuning/jobs/{job.id}/evaluation").json() == {"verdict": "better"}
+    assert done.graft_result == {"fidelity": 1.0}
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -47,32 +47,29 @@ def make_team(database, name="blue"):
         return team.id
 
 
-def make_job(database, team_id, status="queued", **values):
+def make_job(database, team_id, status="queued", *, kind="fine_tune", **values):
     """A job that is already in `status`, as the verbs would have left it."""
     running = {"phase": "training", "lease_until": db_now(60), "attempt": 1, "worker_id": "worker-1"}
-    job = Job(
-        team_id=team_id,
-        kind="fine_tune",
-        model="tiny",
-        training_file_id="file-1",
-        seed=1,
-        request={"pair": {"name": "tiny"}, "hyperparameters": {}, "shadow": {"evaluation": {"probes": {}}}},
-    )
+    request = {"pair": {"name": "tiny"}, "hyperparameters": {}, "shadow": {"evaluation": {"probes": {}}}}
+    if kind == "graft":
+        request = {"pair": {"name": "tiny"}, "delta": {"job_id": "ftjob-1"}, "files": {"training_file": "file-1"}}
+    job = Job(team_id=team_id, kind=kind, model="tiny", training_file_id="file-1", seed=1, request=request)
     with database.writing() as session:
         job_id = jobs.create(session, job).id
-        changes = {"status": status, "spec": make_spec(job_id).model_dump(mode="json"), "memory_bytes": 1000}
+        spec = make_spec(job_id, kind=kind).model_dump(mode="json")
+        changes = {"status": status, "spec": spec, "memory_bytes": 1000}
         changes |= running if status == "running" else {}
         session.execute(update(Job).where(Job.id == job_id).values(**changes | values))
         session.commit()
     return job_id
 
 
-def make_spec(job_id):
+def make_spec(job_id, *, kind="fine_tune", tuning="lora", left_out=None):
     nowhere = DataSource(file_id="file-1", filename="rows.jsonl", storage_key="k", sha256="0" * 64)
     local = {name: ModelSource(kind="local", location=f"/models/{name}") for name in ("base", "instruct")}
     return JobSpec(
         job_id=job_id,
-        kind="fine_tune",
+        kind=kind,
         strategy="shadow",
         pair=PairSource(name="tiny", **local),
         training=nowhere,
@@ -80,11 +77,13 @@ def make_spec(job_id):
         holdout_ratio=0.1,
         seed=1,
         tuning=Tuning(
-            type="lora", n_epochs=1, batch_size=1, learning_rate=1e-3, lr_scheduler="cosine", warmup_ratio=0.1,
+            type=tuning, n_epochs=1, batch_size=1, learning_rate=1e-3, lr_scheduler="cosine", warmup_ratio=0.1,
             weight_decay=0, max_grad_norm=1, max_length=128, precision="auto", rank=4, alpha=8, dropout=0,
         ),
         graft=Graft(scale=1, scope="linear"),
-        evaluation=Evaluation(scales=(), exact_match="auto", max_rows=1, max_new_tokens=1, probes={}),
+        evaluation=Evaluation(
+            scales=(), exact_match="auto", max_rows=1, max_new_tokens=1, probes={}, left_out=left_out
+        ),
         fine_tuned_model=f"ft:tiny:blue::{job_id[-8:]}",
     )  # fmt: skip
 
@@ -98,6 +97,7 @@ def outcome(job_id, team_id):
         ],
         trained_tokens=7,
         evaluation={"verdict": "better"},
+        graft_result={"fidelity": 1.0},
     )
 
 
@@ -231,12 +231,39 @@ def test_a_new_job_begins_with_its_first_events(database):
     assert messages(database, job_id) == [f"Created fine-tuning job: {job_id}", "Validating training file: file-1"]
 
 
+def test_a_graft_is_called_a_graft_from_its_first_event_to_its_success(database):
+    team_id = make_team(database)
+    job_id = make_job(database, team_id, "validating_files", kind="graft")
+    act(database, jobs.admit, job_id, make_spec(job_id, kind="graft"), memory_bytes=1)
+    assert act(database, jobs.succeed, claim(database), outcome(job_id, team_id)) is True
+    assert messages(database, job_id) == [
+        f"Created graft job: {job_id}",
+        "Checking that what ftjob-1 learned fits tiny",
+        "The change fits, moving job to queued state",
+        "Graft job started",
+        f"New fine-tuned model created: ft:tiny:blue::{job_id[-8:]}",
+        "The job has successfully completed",
+    ]
+    assert read(database, job_id).files == {"training_file": "file-1"}
+
+
+def test_a_spec_from_before_grafts_had_options_is_still_read():
+    """Of a job that waits while the service is updated, and of one whose change is grafted later."""
+    kept = make_spec("ftjob-1").model_dump(mode="json")
+    for part, names in (("graft", ("include", "exclude", "output_dtype")), ("evaluation", ("left_out",))):
+        for name in names:
+            del kept[part][name]
+    del kept["publish"], kept["delta"]
+    assert JobSpec.model_validate(kept) == make_spec("ftjob-1")
+
+
 def test_a_success_carries_everything_that_the_job_publishes(database):
     team_id = make_team(database)
     job_id = make_job(database, team_id)
     assert act(database, jobs.succeed, claim(database), outcome(job_id, team_id)) is True
     job = read(database, job_id)
     assert (job.status, job.trained_tokens, job.evaluation) == ("succeeded", 7, {"verdict": "better"})
+    assert job.graft_result == {"fidelity": 1.0}
     assert job.fine_tuned_model == f"ft:tiny:blue::{job_id[-8:]}"
     assert (job.phase, job.lease_until, job.worker_id) == (None, None, None)
     assert job.finished_at >= job.started_at >= job.created_at

@@ -16,6 +16,8 @@ from tests.servers import Running
 from tests.worker.steps.tiny import make_model, make_rows, save_model, write_rows
 
 ROWS = 60
+TUNING = {"learning_rate": 1e-2, "rank": 4}
+FULL_GRAFT = {"scale": 0.7, "exclude": ["*.o_proj.weight"]}
 
 
 class Tiny(NamedTuple):
@@ -75,6 +77,23 @@ def embedded(make_ready: Callable[..., Ready]) -> Ready:
     return make_ready()
 
 
+@pytest.fixture(scope="session")
+def shadow_job(make_ready: Callable[..., Ready]) -> tuple[Ready, Any]:
+    """A LoRA that has ended."""
+    ready = make_ready()
+    job = submit(ready, {"tuning": TUNING, "evaluation": {"scales": [0.5], "holdout_ratio": 0.2}}, suffix="own")
+    return ready, follow(ready, job.id, has_ended)
+
+
+@pytest.fixture(scope="session")
+def full_job(make_ready: Callable[..., Ready]) -> tuple[Ready, Any]:
+    """A full tuning that has ended and published what it learned."""
+    ready = make_ready()
+    tuning = {"type": "full", "learning_rate": 1e-3}
+    job = submit(ready, {"tuning": tuning, "graft": FULL_GRAFT, "publish": {"delta": True}})
+    return ready, follow(ready, job.id, has_ended)
+
+
 def submit(ready: Ready, shadow: dict[str, Any], **fields: Any) -> Any:
     fields.setdefault("training_file", ready.file_id)
     return ready.client.fine_tuning.jobs.create(model="tiny", extra_body={"shadow": shadow}, **fields)
@@ -89,6 +108,15 @@ def follow(ready: Ready, job_id: str, until: Callable[[Any], bool], seconds: flo
             return job
         time.sleep(0.1)
     pytest.fail(f"{job}\n" + "\n".join(messages(ready, job_id)))
+
+
+def graft(ready: Ready, source: str, **fields: Any) -> dict[str, Any]:
+    """A graft onto the tiny pair's instruct model, once it has ended."""
+    body = {"target": "tiny", "source": source, **fields}
+    made: dict[str, Any] = ready.client.post("/grafts", body=body, cast_to=dict[str, Any])
+    follow(ready, made["id"], has_ended)
+    ended: dict[str, Any] = ready.client.get(f"/grafts/{made['id']}", cast_to=dict[str, Any])
+    return ended
 
 
 def command_line(process: psutil.Process) -> list[str]:

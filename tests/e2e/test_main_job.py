@@ -11,18 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.e2e.conftest import Ready, Tiny, artifacts, download, follow, has_ended, messages, submit
+from tests.e2e.conftest import TUNING, Ready, Tiny, artifacts, download, follow, has_ended, messages, submit
+from tests.servers import wait_until
 
 pytestmark = pytest.mark.xdist_group("e2e-main")
-
-TUNING = {"learning_rate": 1e-2, "rank": 4}
-
-
-@pytest.fixture(scope="session")
-def shadow_job(make_ready):
-    ready = make_ready()
-    job = submit(ready, {"tuning": TUNING, "evaluation": {"scales": [0.5], "holdout_ratio": 0.2}}, suffix="own")
-    return ready, follow(ready, job.id, has_ended)
 
 
 def test_a_shadow_job_succeeds_on_embedded_parts_and_on_servers(ready: Ready):
@@ -34,7 +26,7 @@ def test_a_shadow_job_succeeds_on_embedded_parts_and_on_servers(ready: Ready):
     assert ended.fine_tuned_model.startswith("ft:tiny:default::")
     assert ended.trained_tokens > 0
     assert messages(ready, job.id)[-1] == "The job has successfully completed"
-    assert not list((ready.data_dir / "work").iterdir())
+    wait_until(lambda: not list((ready.data_dir / "work").iterdir()))  # tidied up just after
 
 
 def test_events_are_worded_as_tools_expect(shadow_job):
@@ -56,6 +48,16 @@ def test_auto_hyperparameters_have_become_numbers(shadow_job):
     assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (1, 32)
     assert job.hyperparameters.learning_rate_multiplier == 1.0
     assert job.shadow["tuning"]["alpha"] == 8
+
+
+def test_a_success_tells_how_much_of_the_change_the_graft_holds(shadow_job):
+    _, job = shadow_job
+    result = job.graft_result
+
+    assert 0.9 < result["fidelity"] <= 1
+    assert (result["scale"], result["discarded_share"]) == (1.0, 0.0)
+    assert -1 <= result["cosine"] <= 1
+    assert "layers" not in result
 
 
 def test_every_download_has_the_hash_that_the_list_names(shadow_job, tmp_path: Path):
@@ -111,14 +113,18 @@ def test_the_result_file_is_a_csv_of_the_metrics(shadow_job):
     assert ready.client.files.retrieve(job.result_files[0]).purpose == "fine-tune-results"
 
 
+@pytest.fixture
+def direct_job(embedded: Ready):
+    job = submit(embedded, {"strategy": "direct", "tuning": {"type": "full", "learning_rate": 1e-3}})
+    return embedded, follow(embedded, job.id, has_ended)
+
+
 @pytest.mark.parametrize("strategy", ["shadow", "direct"])
-def test_full_tuning_works_both_ways(embedded: Ready, tiny: Tiny, strategy: str, tmp_path: Path):
-    job = submit(embedded, {"strategy": strategy, "tuning": {"type": "full", "learning_rate": 1e-3}})
+def test_full_tuning_works_both_ways(request: pytest.FixtureRequest, tiny: Tiny, strategy: str, tmp_path: Path):
+    ready, job = request.getfixturevalue("full_job" if strategy == "shadow" else "direct_job")
 
-    ended = follow(embedded, job.id, has_ended)
-
-    assert ended.status == "succeeded", ended.error
-    download(embedded, job.id, tmp_path)
+    assert job.status == "succeeded", job.error
+    download(ready, job.id, tmp_path)
     out, instruct = load_file(tmp_path / "model/model.safetensors"), load_file(tiny.instruct / "model.safetensors")
     changed = {name for name in out if not torch.equal(out[name], instruct[name])}
     # Scope `linear` leaves the embeddings as they are; direct tuning keeps everything that it learned.

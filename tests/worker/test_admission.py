@@ -8,16 +8,17 @@ import threading
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 from sqlalchemy import delete, update
 
-from api.routes.jobs import Hyperparameters, ShadowOptions
+from api.routes.grafts import GraftEvaluation
+from api.routes.jobs import GraftOptions, Hyperparameters, ShadowOptions
 from core import jobs
 from core.ids import new_id
-from core.job_spec import JobSpec
+from core.job_spec import DeltaFile, DeltaSource, JobSpec
 from core.models import File, Job
 from core.storage import LocalStorage
-from tests.core.test_jobs import act, make_team, messages, read
+from tests.core.test_jobs import act, events, make_team, messages, read
 from worker.admission import admit_waiting
 from worker.pipeline import Context
 
@@ -38,12 +39,12 @@ SHAPES = {
 }
 
 
-def write_model(folder, *, hidden=16, layers=2, **config):
+def write_model(folder, *, hidden=16, layers=2, rows=32, **config):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(
         json.dumps(CONFIG | {"hidden_size": hidden, "num_hidden_layers": layers} | config)
     )
-    tensors = {"model.embed_tokens.weight": np.zeros((32, hidden), dtype=np.float32)}
+    tensors = {"model.embed_tokens.weight": np.zeros((rows, hidden), dtype=np.float32)}
     for layer in range(layers):
         for name, (rows, columns) in SHAPES.items():
             shape = tuple(hidden if size == 16 else size for size in (rows, columns))
@@ -197,6 +198,230 @@ def test_a_pair_that_does_not_fit_is_refused_with_every_reason(context, database
     for word in ("hidden_size", "num_hidden_layers"):
         assert word in job.error["message"]
     assert messages(database, job_id)[-1].startswith("The job failed: ")
+
+
+@pytest.mark.parametrize(
+    ("graft", "said"),
+    [
+        ({"include": ["*.q_prj.*"]}, "'*.q_prj.*' matches no tensor of instruct"),
+        ({"exclude": ["*"]}, "exclude *"),
+        ({"scope": "linear", "include": ["*embed*"]}, "include *embed*"),
+    ],
+)
+def test_patterns_that_leave_nothing_are_refused_before_any_training(context, database, submit, graft, said):
+    job_id = submit(shadow={"graft": graft})
+    admit_waiting(context)
+    error = read(database, job_id).error
+    assert error["code"] == "pair_refused"
+    assert said in error["message"]
+
+
+def test_lora_is_not_trained_for_a_graft_of_what_it_cannot_change(context, database, submit):
+    graft = {"scope": "all", "include": ["*embed*"]}
+    lora, full = (submit(shadow={"graft": graft, "tuning": {"type": kind}}) for kind in ("lora", "full"))
+    admit_waiting(context)
+    assert read(database, lora).error["param"] == "shadow.graft.include"
+    assert read(database, full).status == "queued"
+
+
+def test_the_options_of_the_graft_reach_the_spec(admitted):
+    graft = {"scale": 0.5, "scope": "all", "include": ["*.0.*"], "exclude": ["*.mlp.*"], "output_dtype": "bfloat16"}
+    spec = admitted(shadow={"graft": graft, "tuning": {"type": "full"}, "publish": {"delta": True}})
+    assert spec.graft.model_dump(mode="json") == graft
+    assert (spec.saves_delta, spec.delta, spec.scope) == (True, None, "all")
+    assert not admitted(shadow={"publish": {"delta": True}}).saves_delta
+
+
+def test_a_direct_job_grafts_everything_that_it_learned(admitted):
+    assert admitted(shadow={"strategy": "direct"}).scope == "all"
+
+
+def test_what_the_models_differ_in_is_told(context, database, submit, models):
+    shutil.rmtree(models / "base")
+    write_model(models / "base", rows=36, vocab_size=36)
+    job_id = submit()
+    admit_waiting(context)
+    (remark,) = [event for event in events(database, job_id) if event.message.startswith("The models differ")]
+    assert "32" in remark.message
+    assert remark.level == "info"
+
+
+# --- grafts -----------------------------------------------------------------------------------------------------------
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def learned(context, database, team_id, submit, make_file):
+    """A job that has succeeded, with its change in storage: `learned(kind)` -> its id and what it published."""
+
+    def make(kind="adapter", *, files=None, shadow=None):
+        tuning = {"type": "lora" if kind == "adapter" else "full"}
+        job_id = submit(make_file(), shadow={"tuning": tuning, **(shadow or {})}, hyperparameters={"n_epochs": 3})
+        admit_waiting(context)
+        act(database, lambda session: session.execute(update(Job).where(Job.id == job_id).values(status="succeeded")))
+        published = files or (adapter_files() if kind == "adapter" else delta_files())
+        delta = DeltaSource(
+            kind=kind, job_id=job_id, files=tuple(keep(context, job_id, *one) for one in published.items())
+        )
+        return read(database, job_id), delta
+
+    return make
+
+
+def keep(context, job_id, path, content):
+    key = f"jobs/{job_id}/a1/{path}"
+    incoming = context.storage.receive(key)
+    incoming.write(content)
+    stored = incoming.keep()
+    return DeltaFile(path=path, storage_key=key, sha256=stored.sha256, bytes=stored.bytes)
+
+
+def adapter_files(rank=2):
+    factors = {"lora_A": np.ones((rank, 16)), "lora_B": np.ones((16, rank))}
+    tensors = {f"base_model.model.{Q}.{side}.weight": value.astype(np.float32) for side, value in factors.items()}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
+    return {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": save(tensors)}
+
+
+def delta_files():
+    tensors = {f"{Q}.weight": np.ones((16, 16), dtype=np.float32)}
+    for layer in range(2):
+        for name, shape in SHAPES.items():
+            tensors[f"model.layers.{layer}.{name}.weight"] = np.ones(shape, dtype=np.float32)
+    tensors["model.embed_tokens.weight"] = np.ones((32, 16), dtype=np.float32)
+    return {"config.json": json.dumps(CONFIG).encode(), "delta.safetensors": save(tensors)}
+
+
+@pytest.fixture
+def submit_graft(database, team_id, models):
+    """A graft as the API writes it."""
+
+    def make(source, delta, *, target="instruct", evaluation=None, **fields):
+        local = {
+            name: {"kind": "local", "location": str(models / folder)}
+            for name, folder in (("base", "another-base"), ("instruct", target))
+        }
+        evaluation = GraftEvaluation(**evaluation or {})
+        request = {
+            "pair": {"name": "other", **local},
+            "source": source.id,
+            "delta": delta.model_dump(mode="json"),
+            "graft": GraftOptions(**fields).model_dump(mode="json"),
+            "evaluation": evaluation.model_dump(mode="json"),
+            "files": source.files if evaluation.compare else {},
+        }
+        job = Job(
+            team_id=team_id, kind="graft", model="other", training_file_id=source.training_file_id, seed=source.seed,
+            request=request,
+        )  # fmt: skip
+        return act(database, jobs.create, job).id
+
+    return make
+
+
+def admitted_graft(context, database, job_id):
+    assert admit_waiting(context) == 1
+    job = read(database, job_id)
+    assert job.status == "queued", job.error
+    return job, JobSpec.model_validate(job.spec)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "delta"])
+def test_a_graft_carries_over_what_its_source_was_trained_and_measured_on(
+    context, database, learned, submit_graft, kind
+):
+    source, delta = learned(kind)
+    origin = JobSpec.model_validate(source.spec)
+    job_id = submit_graft(source, delta, scale=0.5, exclude=["*.mlp.*"], evaluation={"scales": [1.0], "max_rows": 7})
+    job, spec = admitted_graft(context, database, job_id)
+    assert (spec.kind, spec.delta, spec.scales) == ("graft", delta, (0.5, 1.0))
+    assert (spec.pair.name, spec.pair.base, spec.start) == ("other", origin.pair.base, origin.pair.base)
+    assert (spec.training, spec.tuning, spec.seed) == (origin.training, origin.tuning, origin.seed)
+    assert (spec.evaluation.max_rows, spec.evaluation.left_out) == (7, None)
+    assert spec.evaluation.max_new_tokens == origin.evaluation.max_new_tokens
+    assert spec.graft.exclude == ("*.mlp.*",)
+    assert spec.fine_tuned_model == f"ft:other:blue::{job_id[-8:]}"
+    assert job.memory_bytes > 2**30
+
+
+def test_the_change_of_a_direct_job_is_grafted_as_any_other(context, database, learned, submit_graft):
+    source, delta = learned(shadow={"strategy": "direct"})
+    _, spec = admitted_graft(context, database, submit_graft(source, delta, scale=0.5))
+    assert (spec.scales, spec.scope) == ((0.5,), "linear")
+    assert spec.start.location.endswith("instruct")
+
+
+def test_a_graft_that_compares_nothing_streams_in_little_memory(context, database, learned, submit_graft):
+    job_id = submit_graft(*learned(), evaluation={"compare": False})
+    job, spec = admitted_graft(context, database, job_id)
+    assert (job.memory_bytes, job.gpu_memory_bytes) == (2**30, 2**30)
+    assert spec.evaluation.left_out == "it was not asked for"
+
+
+def test_deleted_data_costs_the_comparison_and_not_the_graft(context, database, learned, submit_graft):
+    source, delta = learned()
+    job_id = submit_graft(source, delta, evaluation={"scales": [0.5]})
+    act(database, lambda session: session.execute(delete(File)))
+    _, spec = admitted_graft(context, database, job_id)
+    assert spec.scales == (1.0,)
+    assert f"has been deleted since ({source.training_file_id})" in spec.evaluation.left_out
+    assert messages(database, job_id)[-2] == f"The models will not be compared: {spec.evaluation.left_out}"
+
+
+REFUSED = {
+    "another size": ({"target": "wide"}, "pair_refused", "target"),
+    "a pattern without a match": ({"include": ["*.q_prj.*"]}, "pair_refused", "target"),
+    "a change that is left out whole": ({"exclude": ["*.q_proj.*"]}, "pair_refused", "target"),
+    "a target that is not there": ({"target": "nowhere"}, "model_not_found", None),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_grafted_is_refused_before_a_worker_is_used(
+    context, database, learned, submit_graft, models, case
+):
+    write_model(models / "wide", hidden=24)
+    fields, code, param = REFUSED[case]
+    job_id = submit_graft(*learned(), **fields)
+    admit_waiting(context)
+    job = read(database, job_id)
+    assert (job.status, job.error["code"], job.error["param"]) == ("failed", code, param)
+    assert (job.started_at, job.error["fault"]) == (None, "user")
+
+
+def test_an_adapter_is_kept_from_a_model_of_another_family_whose_shapes_it_fits(
+    context, database, learned, submit_graft, models
+):
+    write_model(models / "llama", model_type="llama")
+    source, delta = learned()
+    foreign = submit_graft(source, delta, target="llama")
+    admit_waiting(context)
+    assert "model_type" in read(database, foreign).error["message"]
+    shutil.rmtree(models / "base")
+    own = submit_graft(source, delta)
+    admit_waiting(context)
+    assert read(database, own).status == "queued"
+    assert any("by its shapes alone" in message for message in messages(database, own))
+
+
+def test_a_delta_of_another_size_is_refused(context, database, learned, submit_graft, models):
+    write_model(models / "wide", hidden=24)
+    job_id = submit_graft(*learned("delta"), target="wide")
+    admit_waiting(context)
+    assert "the delta" in read(database, job_id).error["message"]
+
+
+def test_a_damaged_adapter_and_one_that_is_gone_are_named(context, database, learned, submit_graft):
+    source, damaged = learned(files={**adapter_files(), "adapter_model.safetensors": b"\0" * 9})
+    first = submit_graft(source, damaged)
+    source, gone = learned()
+    second = submit_graft(source, gone)
+    context.storage.delete(gone.files[1].storage_key)
+    admit_waiting(context)
+    assert read(database, first).error["code"] == "damaged_checkpoint"
+    assert f"{damaged.job_id}/adapter_model.safetensors" in read(database, first).error["message"]
+    assert read(database, second).error["code"] == "artifact_missing"
 
 
 def test_a_model_that_has_gone_is_named(context, database, submit, models):

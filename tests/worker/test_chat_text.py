@@ -216,6 +216,12 @@ def test_an_instruct_model_without_a_chat_template_is_refused(tmp_path):
         ChatText.load(tmp_path)
 
 
+def test_an_instruct_model_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(InvalidInput, match="no tokenizer") as caught:
+        ChatText.load(tmp_path)
+    assert "compare" in caught.value.hint
+
+
 def held_out(folder: Path, count: int, **changes: Any) -> tuple[int, list[int]]:
     spec = tiny.make_spec(**changes)
     split = split_rows(tiny.make_workspace(folder, folder, spec, tiny.make_rows(count)), spec)

@@ -5,8 +5,10 @@ The Hub's client reads HF_ENDPOINT when it is imported, so that its part runs in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from core.config import Settings
-from core.errors import InvalidInput
-from core.job_spec import DataSource, ModelSource, PairSource
+from core.errors import InvalidInput, StepFailed
+from core.job_spec import DataSource, DeltaFile, DeltaSource, ModelSource, PairSource
 from core.storage import LocalStorage
 from tests import fake_hub
 from tests.core.test_jobs import make_spec
@@ -80,6 +82,43 @@ def test_a_model_folder_that_was_emptied_meanwhile_is_named(spec, storage, setti
     spec = spec.model_copy(update={"training": put(storage, "t", b"rows")})
     with pytest.raises(InvalidInput, match=r"config\.json"):
         fetch(spec, Workspace(tmp_path / "job"), storage=storage, settings=settings, check=lambda: None)
+
+
+@pytest.fixture
+def graft(spec, storage):
+    """A graft of a published adapter; nothing of its base is there."""
+    kept = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"factors"}
+    files = []
+    for path, content in kept.items():
+        put(storage, f"jobs/ftjob-0/a1/adapter/{path}", content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        files.append(
+            DeltaFile(path=path, storage_key=f"jobs/ftjob-0/a1/adapter/{path}", sha256=sha256, bytes=len(content))
+        )
+    shutil.rmtree(spec.pair.base.location)
+    delta = DeltaSource(kind="adapter", job_id="ftjob-0", files=tuple(files))
+    evaluation = spec.evaluation.model_copy(update={"left_out": "it was not asked for"})
+    return spec.model_copy(update={"kind": "graft", "delta": delta, "evaluation": evaluation})
+
+
+def test_a_graft_reads_the_published_change_and_neither_base_nor_rows(graft, storage, settings, tmp_path):
+    workspace = Workspace(tmp_path / "job")
+    for _ in range(2):
+        fetch(graft, workspace, storage=storage, settings=settings, check=lambda: None)
+    assert {path.name: path.read_bytes() for path in workspace.delta.iterdir()} == {
+        "adapter_config.json": b"{}", "adapter_model.safetensors": b"factors",
+    }  # fmt: skip
+    assert sorted(path.name for path in workspace.inputs.iterdir()) == ["delta", "instruct"]
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_a_published_change_that_is_not_what_it_was_is_named(graft, storage, settings, tmp_path, damage):
+    path = storage.path(graft.delta.files[1].storage_key)
+    path.write_bytes(b"faktors") if damage == "changed" else path.unlink()
+    with pytest.raises(StepFailed, match=r"adapter/adapter_model\.safetensors of the job ftjob-0") as caught:
+        fetch(graft, Workspace(tmp_path / "job"), storage=storage, settings=settings, check=lambda: None)
+    cause = caught.value.cause
+    assert (cause.code, cause.fault, cause.retryable) == ("artifact_damaged", "infrastructure", False)
 
 
 # --- from the Hub -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from core.errors import LeaseLost, StepFailed
+from core.job_spec import DeltaSource, Publish
 from core.jobs import Claim
 from core.storage import LocalStorage
 from tests.core.test_jobs import make_spec
@@ -15,6 +16,9 @@ from worker.publish import metrics_csv, prefix, publish
 from worker.workspace import Workspace
 
 CLAIM = Claim("ftjob-1", 3)
+FIGURES = {
+    "fidelity": 0.97, "discarded_share": 0.0, "grafted": 3, "layers": {"0": {}}, "modules": {"q_proj": {}}
+}  # fmt: skip
 METRICS = [{"step": 1, "train_loss": 2.5, "train_mean_token_accuracy": 0.5}, {"step": 2, "valid_loss": 1.25}]
 
 
@@ -38,6 +42,7 @@ def workspace(tmp_path, spec):
     hashes = {name: {"sha256": sha256((model / name).read_bytes())} for name in ("config.json", "model.safetensors")}
     write(model / "manifest.json", json.dumps({"files": hashes}))
     write(made.adapter / "adapter_model.safetensors", "adapter")
+    write(made.result("graft"), json.dumps({"published": "1", "scales": {"1": FIGURES}}))
     write(made.metrics, "".join(json.dumps(line) + "\n" for line in METRICS))
     write(made.result("train"), json.dumps({"trained_tokens": 77}))
     write(made.report, json.dumps({"verdict": "better"}))
@@ -71,6 +76,7 @@ def test_every_file_is_stored_and_listed_with_its_hash(spec, workspace, storage)
         assert (artifact.bytes, artifact.sha256) == (len(content), sha256(content))
         assert (artifact.job_id, artifact.team_id) == (CLAIM.job_id, "team-1")
     assert (outcome.trained_tokens, outcome.evaluation) == (77, {"verdict": "better"})
+    assert outcome.graft_result == {"fidelity": 0.97, "discarded_share": 0.0, "grafted": 3}
 
 
 def test_the_manifest_lists_every_other_file(spec, workspace, storage):
@@ -89,8 +95,51 @@ def test_an_attempt_writes_below_its_own_prefix_only(spec, workspace, storage):
 
 
 def test_full_tuning_publishes_no_adapter(spec, workspace, storage):
-    full = spec.model_copy(update={"tuning": spec.tuning.model_copy(update={"type": "full"})})
-    assert "adapter" not in {artifact.kind for artifact in run(full, workspace, storage).artifacts}
+    assert "adapter" not in {artifact.kind for artifact in run(full_tuning(spec), workspace, storage).artifacts}
+
+
+def full_tuning(spec):
+    return spec.model_copy(update={"tuning": spec.tuning.model_copy(update={"type": "full"})})
+
+
+def save_delta(workspace):
+    write(workspace.saved_delta / "delta.safetensors", "change")
+    hashes = {"delta.safetensors": {"sha256": sha256(b"change")}}
+    write(workspace.saved_delta / "manifest.json", json.dumps({"files": hashes}))
+
+
+def test_full_tuning_publishes_its_change_where_it_is_asked_to(spec, workspace, storage):
+    save_delta(workspace)
+    asked = full_tuning(spec).model_copy(update={"publish": Publish(delta=True)})
+    deltas = [one.path for one in run(asked, workspace, storage).artifacts if one.kind == "delta"]
+    assert deltas == ["delta/delta.safetensors", "delta/manifest.json"]
+    write(workspace.saved_delta / "delta.safetensors", "changed")
+    with pytest.raises(StepFailed, match=r"delta/delta\.safetensors"):
+        run(asked, workspace, storage)
+
+
+def graft_of(spec, **evaluation):
+    return spec.model_copy(
+        update={
+            "kind": "graft",
+            "delta": DeltaSource(kind="adapter", job_id="ftjob-0", files=()),
+            "evaluation": spec.evaluation.model_copy(update=evaluation),
+        }
+    )
+
+
+def test_a_graft_publishes_its_model_and_its_comparison(spec, workspace, storage):
+    outcome = run(graft_of(spec), workspace, storage)
+    assert {artifact.kind for artifact in outcome.artifacts} == {"model", "card", "report"}
+    assert (outcome.result_files, outcome.trained_tokens) == ([], None)
+    assert outcome.evaluation == {"verdict": "better"}
+
+
+def test_a_graft_that_compared_nothing_publishes_no_report(spec, workspace, storage):
+    workspace.report.unlink()
+    outcome = run(graft_of(spec, left_out="it was not asked for"), workspace, storage)
+    assert {artifact.path for artifact in outcome.artifacts if artifact.kind == "report"} == {"manifest.json"}
+    assert outcome.evaluation is None
 
 
 def test_a_file_that_changed_since_the_graft_is_not_published(spec, workspace, storage):
@@ -135,6 +184,28 @@ def test_the_csv_is_blank_where_a_step_did_not_measure():
         "1,2.5,0.5,,",
         "2,,,1.25,",
     ]
+
+
+def card_of(spec, workspace, storage):
+    (card,) = [artifact for artifact in run(spec, workspace, storage).artifacts if artifact.kind == "card"]
+    return storage.path(card.storage_key).read_text()
+
+
+def test_the_card_of_a_graft_names_the_job_that_learned(spec, workspace, storage):
+    text = card_of(graft_of(spec), workspace, storage)
+    assert "without training: what the job ftjob-0 learned (LoRA of rank 4 on base), grafted onto instruct" in text
+    assert "97.0% survived storage" in text
+
+
+def test_the_card_tells_what_differs_from_the_defaults(spec, workspace, storage):
+    assert "at scale 1, scope linear." in card_of(spec, workspace, storage)
+    changes = {"include": ("*.0.*",), "exclude": ("a`b", "c"), "output_dtype": "float32"}
+    changed = spec.model_copy(update={"graft": spec.graft.model_copy(update=changes)})
+    figures = {**FIGURES, "discarded_share": 0.25}
+    write(workspace.result("graft"), json.dumps({"published": "1", "scales": {"1": figures}}))
+    text = card_of(changed, workspace, storage)
+    assert "scope linear, only `*.0.*`, without `a?b`, `c`, stored in float32." in text
+    assert "had left out 25.0% of what was learned" in text
 
 
 def test_the_card_says_what_the_model_was_made_of_and_how_it_did(spec, workspace, storage):

@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from core.datasets import Message
+from core.estimate import ANSWERED_TOKENS
 from core.job_spec import Evaluation, JobSpec
 from worker.chat_text import ChatText, EncodedRow, encode_rows, read_set, split_rows
 from worker.progress import ProgressWriter
@@ -33,9 +34,6 @@ from worker.workspace import Workspace, write_durably
 SHORT_ANSWER_TOKENS = 32
 #: Rows of each set whose answers are shown in the report.
 SAMPLES = 3
-#: Prompt tokens of one generation batch, padding included. What bounds it is the cache: 1 GB at 8192 tokens of an 8 B
-#: model in bfloat16.
-GENERATION_TOKENS = 8192
 #: Rows of one generation batch: a batch waits for its longest answer.
 GENERATION_ROWS = 32
 
@@ -84,7 +82,7 @@ class Measured:
 def main(workspace: Workspace, progress: ProgressWriter) -> dict[str, Any]:
     started = time.monotonic()
     spec = workspace.spec()
-    chat = ChatText.load(workspace.instruct)
+    chat = ChatText.load(workspace.instruct, base=workspace.base if spec.tunes_base else None)
     sets = load_sets(workspace, spec, chat)
     answers = Answers(chat, end_ids(workspace.instruct, chat), spec.evaluation.max_new_tokens)
     variants = list_variants(workspace, spec)
@@ -99,9 +97,11 @@ def list_variants(workspace: Workspace, spec: JobSpec) -> dict[str, Variant]:
     instruct = {INSTRUCT: Variant(workspace.instruct)}
     if spec.strategy == "direct":
         return instruct | {DIRECT: Variant(workspace.grafted(1.0))}
+    grafts = {graft_name(scale): Variant(workspace.grafted(scale)) for scale in spec.scales}
+    if spec.kind == "graft":  # the base was tuned elsewhere
+        return instruct | grafts
     lora = spec.tuning.type == "lora"
     tuned = Variant(workspace.base, workspace.adapter) if lora else Variant(workspace.tuned)
-    grafts = {graft_name(scale): Variant(workspace.grafted(scale)) for scale in spec.scales}
     return instruct | {BASE_TUNED: tuned} | grafts
 
 
@@ -236,7 +236,7 @@ def generation_batches(questions: Sequence[Question]) -> Iterator[list[Question]
     """Questions of like length together, the longest first."""
     waiting = sorted(questions, key=lambda question: len(question.prompt_ids), reverse=True)
     while waiting:
-        rows = max(1, min(GENERATION_ROWS, GENERATION_TOKENS // len(waiting[0].prompt_ids)))
+        rows = max(1, min(GENERATION_ROWS, ANSWERED_TOKENS // len(waiting[0].prompt_ids)))
         yield waiting[:rows]
         waiting = waiting[rows:]
 

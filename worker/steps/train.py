@@ -16,6 +16,7 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,17 +34,21 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.pytorch_utils import Conv1D
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from core.errors import Cause, PairRefused, StepFailed
+from core.errors import Cause, StepFailed
 from core.estimate import MICRO_BATCH_TOKENS
+from core.graft_plan import is_linear
 from core.job_spec import JobSpec, ModelSource
 from worker.chat_text import (
     ChatText,
     EncodedRow,
     EncodedRows,
     encode_rows,
+    read_set,
+    require_known_ids,
     require_rows,
     require_same_tokens,
     split_rows,
@@ -88,7 +93,7 @@ class Plan:
 
 def main(workspace: Workspace, progress: ProgressWriter) -> dict[str, Any]:
     spec = workspace.spec()
-    chat = ChatText.load(workspace.instruct)
+    chat = ChatText.load(workspace.instruct, base=workspace.base if spec.tunes_base else None)
     plan = make_plan(workspace, spec, chat)
     model = load_start(workspace.start(spec), spec, plan)
     watcher = Watcher(workspace.metrics, progress, plan.held_out.rows[:VALIDATION_ROWS], chat.pad_id, spec)
@@ -114,22 +119,32 @@ def main(workspace: Workspace, progress: ProgressWriter) -> dict[str, Any]:
 def make_plan(workspace: Workspace, spec: JobSpec, chat: ChatText) -> Plan:
     tuning = spec.tuning
     split = split_rows(workspace, spec)
-    if spec.strategy == "shadow":
+    if spec.tunes_base:
         require_same_tokens(chat, workspace.base, split.training)
     training = encode_rows(chat, split.training, tuning.max_length)
+    held_out = encode_rows(chat, split.held_out, tuning.max_length)
     require_rows(training, tuning.max_length)
+    if spec.tunes_base:
+        require_known_ids(chat, workspace.base, chain(training.rows, held_out.rows, _probed(workspace, spec, chat)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     longest = max(len(row.input_ids) for row in training.rows)
     micro_batch = largest_micro_batch(tuning.batch_size, longest, MICRO_BATCH_TOKENS[device])
     return Plan(
         training=training,
-        held_out=encode_rows(chat, split.held_out, tuning.max_length),
+        held_out=held_out,
         device=device,
         autocast=tuning.precision == "bfloat16" or (tuning.precision == "auto" and device == "cuda"),
         micro_batch=micro_batch,
         accumulation=tuning.batch_size // micro_batch,
         total_steps=math.ceil(len(training.rows) / tuning.batch_size) * tuning.n_epochs,
     )
+
+
+def _probed(workspace: Workspace, spec: JobSpec, chat: ChatText) -> Iterator[EncodedRow]:
+    """What the tuned base will be measured on."""
+    for name in spec.evaluation.probes:
+        rows = read_set(workspace.probe(name))[: spec.evaluation.max_rows]
+        yield from encode_rows(chat, rows, spec.tuning.max_length).rows
 
 
 def largest_micro_batch(batch_size: int, longest: int, token_budget: int) -> int:
@@ -148,14 +163,7 @@ def load_start(folder: Path, spec: JobSpec, plan: Plan) -> Any:
         trust_remote_code=False,
         local_files_only=True,
     )
-    refuse_unknown_ids(plan.training.rows, model.get_input_embeddings().weight.shape[0])
     return model
-
-
-def refuse_unknown_ids(rows: list[EncodedRow], known: int) -> None:
-    highest = max(max(row.input_ids) for row in rows)
-    if highest >= known:
-        raise PairRefused([f"instruct's chats need token {highest}, and the base model knows only {known} tokens"])
 
 
 def make_trainer(model: Any, spec: JobSpec, chat: ChatText, plan: Plan, watcher: Watcher, folder: Path) -> SFTTrainer:
@@ -169,7 +177,7 @@ def make_trainer(model: Any, spec: JobSpec, chat: ChatText, plan: Plan, watcher:
             }
         ),
         processing_class=chat.tokenizer,
-        peft_config=adapter_config(spec) if spec.tuning.type == "lora" else None,
+        peft_config=adapter_config(spec, model) if spec.tuning.type == "lora" else None,
         callbacks=[watcher],
     )
     trainer.remove_callback(PrinterCallback)
@@ -207,14 +215,27 @@ def trainer_config(spec: JobSpec, plan: Plan, folder: Path) -> SFTConfig:
     )
 
 
-def adapter_config(spec: JobSpec) -> LoraConfig:
+def adapter_config(spec: JobSpec, model: Any) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=spec.tuning.rank,
         lora_alpha=spec.tuning.alpha,
         lora_dropout=spec.tuning.dropout,
-        target_modules="all-linear",  # PEFT leaves the head out
+        target_modules=linear_modules(model),
     )
+
+
+def linear_modules(model: torch.nn.Module) -> list[str]:
+    """The modules that the graft's scope `linear` takes, by name: PEFT's own "all-linear" would take routers too, and
+    turn fused experts into a kind of adapter that has no plain product."""
+    kinds = (torch.nn.Linear, Conv1D)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds) and is_linear(f"{name}.weight")]
+
+
+def untrained_experts(model: torch.nn.Module) -> list[str]:
+    """Experts that the model keeps as one fused parameter, which LoRA does not reach."""
+    frozen = [name for name, weight in model.named_parameters() if not weight.requires_grad]
+    return [name for name in frozen if "experts" in name.split(".") and ".base_layer." not in name and is_linear(name)]
 
 
 def public_name(source: ModelSource) -> str:
@@ -238,6 +259,14 @@ def announce(progress: ProgressWriter, plan: Plan, spec: JobSpec, model: Any) ->
         autocast="bfloat16" if plan.autocast else None,
         trainable_parameters=trainable,
     )
+    experts = untrained_experts(model)
+    if experts:
+        progress.note(
+            f"LoRA leaves {len(experts)} fused expert weights of this model as they are, such as {experts[0]}; full "
+            "tuning trains them.",
+            level="warn",
+            untrained=len(experts),
+        )
     warn_of_losses(progress, "training", plan.training, spec.tuning.max_length)
     warn_of_losses(progress, "held-out", plan.held_out, spec.tuning.max_length)
 

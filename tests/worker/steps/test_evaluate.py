@@ -148,6 +148,15 @@ def test_full_tuning_compares_the_tuned_base(tmp_path):
     assert variants["base_tuned"] == evaluate.Variant(tmp_path / "train" / "model")
 
 
+def test_a_graft_compares_no_tuned_base_and_measures_the_same_rows(pair, tmp_path):
+    workspace = make_workspace(tmp_path, pair, scales=(0.5,), kind="graft")
+    (workspace.inputs / "base").unlink()
+    evaluate.main(workspace, tiny.Heard().writer)
+    report = read(workspace)
+    assert report["variants"] == ["instruct", "grafted@1", "grafted@0.5"]
+    assert (report["published"], report["sets"]["validation"]["rows"]) == ("grafted@1", len(HELD_OUT))
+
+
 def test_nothing_held_out_is_said_plainly(pair, tmp_path):
     workspace = make_workspace(tmp_path, pair, strategy="direct", holdout_ratio=0)
     workspace.validation.unlink()

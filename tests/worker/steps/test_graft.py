@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from core.job_spec import DeltaSource
 from tests.worker.steps import tiny
 from tests.worker.weights.made_checkpoints import SHAPES, cast, draw, load_model, same_bits, save_model
 from worker.progress import Line, Note, Step, read_lines
@@ -66,7 +68,10 @@ def test_a_child_grafts_every_scale_and_tells_its_progress(tmp_path):
     code, lines = run(workspace)
     assert code == 0
     assert workspace.done("graft").exists()
-    assert [line.step for line in lines if isinstance(line, Step)] == list(range(1, 11))
+    told = [line for line in lines if isinstance(line, Step)]
+    assert len({line.total_steps for line in told}) == 1  # bytes of both scales
+    assert [line.step for line in told] == sorted(line.step for line in told)
+    assert told[-1].step == told[-1].total_steps
     result = json.loads(workspace.result("graft").read_bytes())
     assert result["published"] == "1"
     assert result["scales"].keys() == {"1", "0.5"}
@@ -89,10 +94,10 @@ def test_a_child_that_refuses_says_why_and_leaves_no_model(tmp_path):
     assert {path.name for path in workspace.step("graft").iterdir()} == {"failure.json"}
 
 
-def test_an_adapter_needs_no_base(tmp_path):
+def test_an_adapter_is_measured_against_its_base(tmp_path):
     workspace = make_workspace(tmp_path, type="lora")
-    workspace.base.unlink()
-    notes_of(workspace)
+    *_, note = notes_of(workspace)
+    assert -1 <= note.data["cosine"] <= 1
     before, after = load_model(workspace.instruct), load_model(workspace.grafted(1.0))
     assert same_bits(after[f"{Q}.weight"], (before[f"{Q}.weight"].float() + 2.0).to(torch.bfloat16))
     assert all(same_bits(after[name], before[name]) for name in SHAPES if name != f"{Q}.weight")
@@ -112,20 +117,151 @@ def test_shadow_json_names_folders_and_no_paths(tmp_path):
     notes_of(workspace)
     text = (workspace.grafted(1.0) / "shadow.json").read_text()
     shadow = json.loads(text)
-    assert (shadow["pair"], shadow["base"], shadow["instruct"]) == ("tiny", "tiny-base", "tiny-instruct")
+    names = {role: source["name"] for role, source in shadow["sources"].items()}
+    assert (shadow["pair"], names["base"], names["instruct"]) == ("tiny", "tiny-base", "tiny-instruct")
+    assert names["tuned"] == "ftjob-1 (full tuning of tiny-base)"
+    assert all(file["sha256"] for source in shadow["sources"].values() for file in source["files"].values())
     assert str(tmp_path) not in text
     assert "/models" not in text
 
 
 @pytest.mark.parametrize(("std", "level"), [(0.05, "info"), (1e-4, "warn")])
 def test_the_owner_reads_how_much_of_the_change_is_kept(tmp_path, std, level):
-    (note,) = notes_of(make_workspace(tmp_path, std=std))
+    *_, note = notes_of(make_workspace(tmp_path, std=std))
     assert note.level == level
     assert "of the learned change" in note.message
+    assert "Scope and patterns had left out" in note.message  # the embedding and the norm were tuned as well
     assert (note.data["fidelity"] < 0.9) == (level == "warn")
-    assert ("LoRA" in note.message) == (level == "warn")
+    assert ("output_dtype float32" in note.message) == (level == "warn")
 
 
 def test_a_training_that_left_no_change_is_told(tmp_path):
-    (note,) = notes_of(make_workspace(tmp_path, std=0.0))
-    assert (note.level, note.message) == ("warn", "The graft changes nothing: the training left no change.")
+    *_, note = notes_of(make_workspace(tmp_path, std=0.0))
+    assert (note.level, note.message) == ("warn", "The graft changes nothing: there is no change to add.")
+
+
+def test_patterns_and_dtype_are_obeyed_and_kept(tmp_path):
+    workspace = make_workspace(
+        tmp_path, scope="all", include=("*_proj.*",), exclude=("*.bias",), output_dtype="float32"
+    )
+    notes_of(workspace)
+    before, after = load_model(workspace.instruct), load_model(workspace.grafted(1.0))
+    changed = {name for name in SHAPES if not same_bits(after[name], before[name].float())}
+    assert changed == {f"{Q}.weight", "model.layers.0.mlp.down_proj.weight"}
+    options = json.loads((workspace.grafted(1.0) / "shadow.json").read_text())["options"]
+    assert options["exclude"] == ["*.bias"]
+    assert (options["scope"], options["output_dtype"]) == ("all", "float32")
+
+
+def test_what_the_models_differ_in_is_told(tmp_path):
+    workspace = make_workspace(tmp_path)
+    float32 = {name: tensor.float() for name, tensor in load_model(workspace.base).items()}
+    shutil.rmtree(workspace.base.resolve())
+    save_model(workspace.base.resolve(), float32)
+    first, *_ = notes_of(workspace)
+    assert first.message == "About the graft: stored mostly in BF16 in instruct and F32 in base."
+
+
+# --- the change as an artifact, and a job of the kind graft -----------------------------------------------------------
+
+
+def graft_workspace(folder: Path, learned: Workspace, kind: str, **changes: Any) -> Workspace:
+    """A job that grafts what another one learned, with its own instruct model: there is no base."""
+    workspace = Workspace(folder / "graft-job")
+    workspace.inputs.mkdir(parents=True)
+    shutil.copytree(learned.adapter if kind == "adapter" else learned.saved_delta, workspace.delta)
+    workspace.instruct.symlink_to(learned.instruct.resolve())
+    delta = DeltaSource(kind=kind, job_id="ftjob-0", files=())
+    spec = tiny.make_spec(kind="graft", delta=delta, **changes)
+    workspace.spec_file.write_text(spec.model_dump_json())
+    return workspace
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_what_is_grafted_later_from_what_was_published_is_the_same_to_the_byte(tmp_path, tuning):
+    learned = make_workspace(tmp_path, type=tuning, scale=0.7, publish=True)
+    notes_of(learned)
+    later = graft_workspace(tmp_path, learned, "delta" if tuning == "full" else "adapter", scale=0.7, type=tuning)
+    notes_of(later)
+    assert weights(later.grafted(0.7)) == weights(learned.grafted(0.7))
+    shadow = json.loads((later.grafted(0.7) / "shadow.json").read_text())
+    source = shadow["sources"]["delta" if tuning == "full" else "adapter"]
+    assert source["name"] == f"ftjob-0 ({tuning} tuning of tiny-base)"
+
+
+def test_the_change_is_saved_only_where_it_is_to_be_published_and_has_no_adapter(tmp_path):
+    for folder, changes in (("a", {}), ("b", {"type": "lora", "publish": True})):
+        workspace = make_workspace(tmp_path / folder, **changes)
+        notes_of(workspace)
+        assert not workspace.saved_delta.exists()
+
+
+# --- killed and begun again -------------------------------------------------------------------------------------------
+
+
+def test_a_scale_that_stands_is_not_made_again(tmp_path):
+    workspace = make_workspace(tmp_path, scales=(0.5,), publish=True)
+    notes_of(workspace)
+    kept = {path: path.stat().st_ino for path in workspace.step("graft").rglob("*") if path.is_file()}
+    workspace.failure("graft").write_text("{}")
+
+    workspace.begin("graft")  # as the runner does, for want of the completion mark
+    notes_of(workspace)
+
+    assert {path: path.stat().st_ino for path in workspace.step("graft").rglob("*") if path.is_file()} == kept
+    assert not workspace.failure("graft").exists()
+
+
+def test_a_graft_whose_figures_a_kill_took_is_made_again(tmp_path):
+    workspace = make_workspace(tmp_path)
+    notes_of(workspace)
+    before = weights(workspace.grafted(1.0))
+    workspace.figures(1.0).unlink()
+
+    workspace.begin("graft")
+    *_, note = notes_of(workspace)
+
+    assert "of the learned change" in note.message
+    assert weights(workspace.grafted(1.0)) == before
+
+
+def test_a_graft_that_was_killed_goes_on_and_ends_in_the_same_bytes(tmp_path):
+    whole = make_workspace(tmp_path / "whole")
+    notes_of(whole)
+    killed = make_workspace(tmp_path / "killed")
+    killed.begin("graft")
+    code = subprocess.run([sys.executable, "-c", DYING, str(killed.root)], cwd=REPOSITORY, check=False).returncode
+    assert code == 9
+    assert not killed.grafted(1.0).exists()
+
+    killed.begin("graft")
+    first, *_ = notes_of(killed)
+
+    assert first.message.startswith("Went on behind ")
+    assert weights(killed.grafted(1.0)) == weights(whole.grafted(1.0))
+
+
+#: Dies as by SIGKILL once every byte of the first scale is written and before the folder stands.
+DYING = """
+import os, sys
+from pathlib import Path
+from worker.steps import graft
+from worker.workspace import Workspace
+
+class Dying:
+    def step(self, done, total):
+        if done == total:
+            os._exit(9)
+
+graft.main(Workspace(Path(sys.argv[1])), Dying())
+"""
+
+
+def test_every_other_step_begins_with_an_empty_folder(tmp_path):
+    workspace = make_workspace(tmp_path)
+    workspace.begin("train")
+    assert list(workspace.step("train").iterdir()) == []

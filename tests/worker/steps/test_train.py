@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from core.errors import InvalidDataset, PairRefused, StepFailed
+from core.errors import InvalidDataset, InvalidInput, StepFailed
 from core.job_spec import ModelSource
 from tests.worker.steps import tiny
 from worker.chat_text import split_rows
 from worker.progress import Metrics, Note, Step
-from worker.steps import train
+from worker.steps import graft, train
 from worker.workspace import Workspace
 
 # PEFT 0.21 asks transformers 5.23 by a name that is going away.
@@ -252,8 +252,41 @@ def test_a_base_that_lacks_the_chat_marks_rows_is_refused(models, tmp_path):
     small.resize_token_embeddings(200)
     tiny.save_model(tmp_path / "pair" / "base", small, template=None, dtype=torch.float32)
     (tmp_path / "pair" / "instruct").symlink_to(models / "instruct")
-    with pytest.raises(PairRefused, match="knows only 200 tokens"):
+    with pytest.raises(InvalidInput, match=r"needs the token 258 \('<\|im_end\|>'\)") as caught:
         run(tmp_path / "job", tmp_path / "pair")
+    assert (caught.value.code, "'direct'" in caught.value.hint) == ("token_unknown_to_base", True)
+
+
+def test_a_base_without_a_row_that_only_pads_is_trained(models, tmp_path):
+    """Instruct pads with a token of its own, the last one."""
+    marks = ["<|im_start|>", "<|im_end|>", "<|pad|>"]
+    small = tiny.make_model(0)
+    small.config.pad_token_id = small.config.eos_token_id = None
+    small.generation_config.pad_token_id = small.generation_config.eos_token_id = None
+    small.resize_token_embeddings(258)
+    tiny.save_model(tmp_path / "pair" / "base", small, template=None, dtype=torch.float32)
+    tiny.save_model(tmp_path / "pair" / "instruct", tiny.make_model(1), dtype=torch.float32)
+    for name in ("base", "instruct"):
+        tokenizer = tiny.make_tokenizer(tiny.CHATML, marks=marks)
+        tokenizer.pad_token, tokenizer.eos_token = "<|pad|>", "<|im_end|>"
+        tokenizer.save_pretrained(tmp_path / "pair" / name)
+    done = run(tmp_path / "job", tmp_path / "pair")
+    assert done.result["final_train_loss"] > 0
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_a_model_with_experts_is_trained_and_grafted(tmp_path, tuning):
+    """transformers holds experts as fused parameters and stores them one by one."""
+    tiny.save_model(tmp_path / "pair" / "base", tiny.make_expert_model(0), template=None, dtype=torch.bfloat16)
+    tiny.save_model(tmp_path / "pair" / "instruct", tiny.make_expert_model(1), dtype=torch.bfloat16)
+    options = {} if tuning == "lora" else {"type": "full", "rank": 0, "alpha": 0}
+    done = run(tmp_path / "job", tmp_path / "pair", **options)
+    result = graft.main(done.workspace, tiny.Heard().writer)
+    grafted = result["scales"]["1"]["grafted"]
+    attention, experts = 2 * 4, 2 * 4 * 3  # linears of two layers
+    assert grafted == (attention if tuning == "lora" else attention + experts)
+    warned = [line.message for line in done.heard if isinstance(line, Note) and "expert" in line.message]
+    assert bool(warned) == (tuning == "lora")
 
 
 def test_a_tuned_model_with_other_tensors_is_refused(models, tmp_path):

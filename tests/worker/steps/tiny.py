@@ -12,10 +12,17 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from core.datasets import Conversation, Message
-from core.job_spec import DataSource, Evaluation, Graft, JobSpec, ModelSource, PairSource, Tuning
+from core.job_spec import DataSource, Evaluation, Graft, JobSpec, ModelSource, PairSource, Publish, Tuning
 from worker.progress import Line, ProgressWriter, read_lines
 from worker.workspace import Workspace
 
@@ -64,7 +71,15 @@ def make_model(seed: int = 0, *, tied: bool = True, std: float = 0.02) -> Qwen3F
     return Qwen3ForCausalLM(config)
 
 
-def save_model(folder: Path, model: Qwen3ForCausalLM, *, template: str | None = CHATML, dtype: torch.dtype) -> Path:
+def make_expert_model(seed: int = 0) -> Qwen3MoeForCausalLM:
+    """The same with experts, which transformers keeps as fused parameters and stores one by one."""
+    torch.manual_seed(seed)
+    shape = make_model().config.to_dict() | {"model_type": "qwen3_moe", "architectures": None}
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**shape, **experts}))
+
+
+def save_model(folder: Path, model: PreTrainedModel, *, template: str | None = CHATML, dtype: torch.dtype) -> Path:
     model.to(dtype).save_pretrained(folder)
     make_tokenizer(template).save_pretrained(folder)
     return folder
@@ -103,15 +118,19 @@ def make_spec(**changes: Any) -> JobSpec:
         "warmup_ratio": 0.1, "weight_decay": 0.0, "max_grad_norm": 1.0, "max_length": 128, "precision": "auto",
         "rank": 4, "alpha": 8, "dropout": 0.0,
     }  # fmt: skip
-    evaluation = {"scales": (), "exact_match": "auto", "max_rows": 50, "max_new_tokens": 8, "probes": {}}
-    job = {"strategy": "shadow", "holdout_ratio": 0.2, "seed": 7, "scale": 1.0}
-    for part in (tuning, evaluation, job):
+    evaluation = {
+        "scales": (), "exact_match": "auto", "max_rows": 50, "max_new_tokens": 8, "probes": {}, "left_out": None
+    }  # fmt: skip
+    graft = {"scale": 1.0, "scope": "linear", "include": (), "exclude": (), "output_dtype": "auto"}
+    job = {"strategy": "shadow", "holdout_ratio": 0.2, "seed": 7, "kind": "fine_tune", "delta": None, "publish": False}
+    parts = (tuning, evaluation, graft, job)
+    for part in parts:
         part |= {name: value for name, value in changes.items() if name in part}
-    unknown = changes.keys() - tuning.keys() - evaluation.keys() - job.keys()
+    unknown = changes.keys() - set().union(*parts)
     assert not unknown, unknown
     return JobSpec(
         job_id="ftjob-1",
-        kind="fine_tune",
+        kind=job["kind"],
         strategy=job["strategy"],
         pair=PairSource(
             name="tiny",
@@ -123,8 +142,10 @@ def make_spec(**changes: Any) -> JobSpec:
         holdout_ratio=job["holdout_ratio"],
         seed=job["seed"],
         tuning=Tuning(**tuning),
-        graft=Graft(scale=job["scale"], scope="linear"),
+        graft=Graft(**graft),
         evaluation=Evaluation(**(evaluation | {"probes": dict.fromkeys(evaluation["probes"], nowhere)})),
+        publish=Publish(delta=job["publish"]),
+        delta=job["delta"],
         fine_tuned_model="ft:tiny:team::1",
     )
 

@@ -1,0 +1,240 @@
+"""Grafts: what an earlier job learned, added to another instruct model without training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from api.deps import After, CallerDep, Page, Service, ServiceDep, StrictModel, page
+from api.routes.jobs import GraftOptions, JobError, Metadata, Scale, Suffix, jobs_page, render_life
+from api.strict_json import StrictRoute
+from core import jobs
+from core.broker import nudge
+from core.errors import Conflict, InvalidInput, NotFound, ShadowError
+from core.job_spec import DeltaFile, DeltaKind, DeltaSource, PairSource
+from core.keys import Caller
+from core.models import Artifact, Job
+from core.pairs import find_pair
+
+router = APIRouter(prefix="/grafts", tags=["Grafts"], route_class=StrictRoute)
+
+
+class GraftEvaluation(StrictModel):
+    """What is compared after the graft: the untouched target and each graft, on the rows which the source job held out
+    and on its probes. Left out, with an event that says so, where one of those files has been deleted."""
+
+    compare: bool = Field(True, description="False: only graft, which needs 1 GiB of memory and no data.")
+    scales: list[Scale] = Field(
+        default_factory=list, max_length=8, description="Further scales to graft and measure; only one is published."
+    )
+    max_rows: int | None = Field(None, ge=1, le=10_000, description="Rows measured of each set. Null: the source's.")
+    max_new_tokens: int | None = Field(None, ge=1, le=4096, description="Null: the source's.")
+    exact_match: Literal["auto", "on", "off"] | None = Field(None, description="Null: the source's.")
+
+    @model_validator(mode="after")
+    def _scales_are_for_comparing(self) -> GraftEvaluation:
+        if self.scales and not self.compare:
+            raise ValueError("further scales are grafted to be compared; leave out 'scales' or 'compare'")
+        return self
+
+
+class GraftRequest(GraftOptions):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"target": "qwen3-0.6b", "source": "ftjob-01k9", "scale": 0.8, "suffix": "support-mild"}
+        }
+    )
+
+    target: str = Field(
+        min_length=1,
+        max_length=256,
+        description="The model to graft onto, named as `model` is in a job: the instruct model of that pair.",
+    )
+    source: str = Field(
+        min_length=1,
+        max_length=100,
+        description="A succeeded job (`ftjob-…`), or one of its artifacts (`art_…`) of the kind `adapter` or `delta`. "
+        "A job of LoRA always has its adapter; one of full tuning has a delta where it asked for `publish.delta`.",
+    )
+    suffix: Suffix | None = None
+    metadata: Metadata | None = None
+    evaluation: GraftEvaluation = GraftEvaluation()
+
+
+class GraftObject(BaseModel):
+    """A graft. Its events, artifacts, evaluation and cancel are those of a job: `/v1/fine_tuning/jobs/{id}/…`.
+
+    `graft_result` is null until the graft has succeeded; its `fidelity` is the share of the change that survived
+    storage in the output's dtype, `discarded_share` the share that scope and patterns left out.
+    """
+
+    id: str
+    object: Literal["graft"] = "graft"
+    created_at: int
+    finished_at: int | None
+    target: str
+    source: str
+    #: The job that learned what is grafted.
+    source_job: str
+    pair: str
+    fine_tuned_model: str | None
+    organization_id: str
+    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
+    phase: str | None
+    options: dict[str, Any]
+    evaluation: dict[str, Any]
+    graft_result: dict[str, Any] | None
+    error: JobError | None
+    metadata: dict[str, str] | None
+    user_provided_suffix: str | None
+    progress: dict[str, Any] | None
+    waiting_for: str | None
+    attempt: int
+
+
+# --- handlers -------------------------------------------------------------------------------------------------------
+
+
+@router.post("", response_model=GraftObject)
+def create_graft(body: GraftRequest, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
+    """Graft what an earlier job learned onto the target, without training. Runs as a job: poll its status."""
+    with service.database.writing() as session:
+        pair = _find_target(session, body.target)
+        source, kind = _find_source(session, body.source, caller)
+        job = jobs.create(session, _new_job(body, caller, pair, source, _delta(session, source, kind)))
+        session.commit()
+        nudge("admit")
+        return _render(session, job, service)
+
+
+@router.get("", response_model=Page)
+def list_grafts(
+    caller: CallerDep,
+    service: ServiceDep,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> dict[str, Any]:
+    """List the team's grafts."""
+    with service.database.reading() as session:
+        found = jobs_page(session, caller, "graft", after, limit)
+        return page([_render(session, job, service) for job in found], limit)
+
+
+@router.get("/{graft_id}", response_model=GraftObject)
+def retrieve_graft(graft_id: str, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
+    """One graft's status."""
+    with service.database.reading() as session:
+        job = session.get(Job, graft_id)
+        if job is None or job.team_id != caller.team_id or job.kind != "graft":
+            raise NotFound(f"No such graft: {graft_id[:100]!r}.", code="graft_not_found")
+        return _render(session, job, service)
+
+
+# --- target and source ----------------------------------------------------------------------------------------------
+
+
+def _find_target(session: Session, target: str) -> PairSource:
+    try:
+        return find_pair(session, target)
+    except ShadowError as error:
+        error.param = "target"
+        raise
+
+
+def _find_source(session: Session, source: str, caller: Caller) -> tuple[Job, DeltaKind]:
+    """The job that learned the change, and the artifacts that hold it."""
+    artifact = session.get(Artifact, source)
+    job = session.get(Job, artifact.job_id if artifact else source)
+    if job is None or job.team_id != caller.team_id:
+        raise NotFound(
+            f"There is no job or artifact {source!r} to graft from.",
+            code="source_not_found",
+            param="source",
+            hint="GET /v1/fine_tuning/jobs lists the jobs.",
+        )
+    if job.kind == "graft":
+        raise InvalidInput(
+            f"{source} is a graft of what {job.request['delta']['job_id']} learned; it learned nothing itself. Name "
+            "that job as the source.",
+            code="source_is_a_graft",
+            param="source",
+        )
+    if job.status != "succeeded" or job.spec is None:
+        raise Conflict(
+            f"The job {job.id} is '{job.status}'; only what a succeeded job learned can be grafted.",
+            code="source_not_succeeded",
+            param="source",
+        )
+    if artifact is None:
+        return job, "adapter" if job.spec["tuning"]["type"] == "lora" else "delta"
+    if artifact.kind == "adapter":
+        return job, "adapter"
+    if artifact.kind == "delta":
+        return job, "delta"
+    raise InvalidInput(
+        f"The artifact {artifact.id} ({artifact.path}) is of the kind '{artifact.kind}'; a source is a job, or one of "
+        "its artifacts of the kind 'adapter' or 'delta'.",
+        param="source",
+    )
+
+
+def _delta(session: Session, job: Job, kind: DeltaKind) -> DeltaSource:
+    found = select(Artifact).where(Artifact.job_id == job.id, Artifact.kind == kind).order_by(Artifact.path)
+    files = [
+        DeltaFile(
+            path=artifact.path.removeprefix(f"{kind}/"),
+            storage_key=artifact.storage_key,
+            sha256=artifact.sha256,
+            bytes=artifact.bytes,
+        )
+        for artifact in session.scalars(found)
+    ]
+    if not files:
+        raise InvalidInput(
+            f"The job {job.id} tuned the whole model and did not publish what it learned. Run it again with "
+            '"shadow": {"publish": {"delta": true}}, or with LoRA, whose adapter is always published.',
+            code="delta_not_published",
+            param="source",
+        )
+    return DeltaSource(kind=kind, job_id=job.id, files=tuple(files))
+
+
+# --- from the request to the row, and from the row to the answer ----------------------------------------------------
+
+
+def _new_job(body: GraftRequest, caller: Caller, pair: PairSource, source: Job, delta: DeltaSource) -> Job:
+    request = {
+        "pair": pair.model_dump(mode="json"),
+        "source": body.source,
+        "delta": delta.model_dump(mode="json"),
+        "graft": body.model_dump(mode="json", include=set(GraftOptions.model_fields)),
+        "evaluation": body.evaluation.model_dump(mode="json"),
+        "files": source.files if body.evaluation.compare else {},
+    }
+    return Job(
+        team_id=caller.team_id,
+        kind="graft",
+        model=body.target,
+        training_file_id=source.training_file_id,
+        validation_file_id=source.validation_file_id,
+        suffix=body.suffix,
+        seed=source.seed,
+        labels=body.metadata,
+        request=request,
+    )
+
+
+def _render(session: Session, job: Job, service: Service) -> dict[str, Any]:
+    return {
+        **render_life(session, job, service),
+        "object": "graft",
+        "target": job.model,
+        "source": job.request["source"],
+        "source_job": job.request["delta"]["job_id"],
+        "options": job.request["graft"],
+        "evaluation": job.request["evaluation"],
+    }
