@@ -1,22 +1,18 @@
-"""`shadowft keys` and `shadowft teams`: straight to the database, for whoever may read it."""
+"""`shadowft keys` and `shadowft teams`: straight to the database, for whoever may read it.
+
+The database's libraries are imported by the commands that use them: they cost every other command a second.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from sqlalchemy import select
-from sqlalchemy.orm import Session
 
-from core.config import get_settings
-from core.db import open_database
-from core.keys import DEFAULT_TEAM, create_key, create_team, find_team, revoke_key
-from core.models import ApiKey, Team
-from core.schema import prepare
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
 
 keys = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 teams = typer.Typer(no_args_is_help=True, help="Make and list teams.")
@@ -24,6 +20,10 @@ teams = typer.Typer(no_args_is_help=True, help="Make and list teams.")
 
 @contextmanager
 def _session() -> Iterator[Session]:
+    from core.config import get_settings
+    from core.db import open_database
+    from core.schema import prepare
+
     settings = get_settings()
     prepare(settings)
     database = open_database(settings)
@@ -35,18 +35,26 @@ def _session() -> Iterator[Session]:
 @keys.command("create")
 def create(
     name: Annotated[str, typer.Argument(help="What the key is for.")],
-    team: Annotated[str, typer.Option(help="The team whose files and jobs it opens.")] = DEFAULT_TEAM,
+    team: Annotated[str | None, typer.Option(help="The team whose files and jobs it opens.")] = None,
     admin: Annotated[bool, typer.Option("--admin", help="It may also register pairs.")] = False,
 ) -> None:
     """Make a key and print it. It is shown once."""
+    from core.keys import DEFAULT_TEAM, create_key, find_team
+
     with _session() as session:
-        _, text = create_key(session, find_team(session, team), name=name, is_admin=admin)
+        _, text = create_key(session, find_team(session, team or DEFAULT_TEAM), name=name, is_admin=admin)
     typer.echo(text)
 
 
 @keys.command("list")
 def list_keys() -> None:
     """List all keys, without their secrets."""
+    from rich.console import Console
+    from rich.table import Table
+    from sqlalchemy import select
+
+    from core.models import ApiKey, Team
+
     table = Table("id", "team", "name", "admin", "created", "revoked")
     with _session() as session:
         for key, team in session.execute(select(ApiKey, Team.name).join(Team).order_by(ApiKey.created_at)):
@@ -58,6 +66,8 @@ def list_keys() -> None:
 @keys.command("revoke")
 def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """End a key. Every process refuses it within five seconds."""
+    from core.keys import revoke_key
+
     with _session() as session:
         revoke_key(session, key_id)
     typer.echo(f"{key_id} is revoked.")
@@ -66,6 +76,8 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
 @teams.command("create")
 def create_a_team(name: str) -> None:
     """Make a team."""
+    from core.keys import create_team
+
     with _session() as session:
         team = create_team(session, name)
     typer.echo(team.id)
@@ -74,6 +86,12 @@ def create_a_team(name: str) -> None:
 @teams.command("list")
 def list_teams() -> None:
     """List all teams."""
+    from rich.console import Console
+    from rich.table import Table
+    from sqlalchemy import select
+
+    from core.models import Team
+
     table = Table("id", "name", "created")
     with _session() as session:
         for team in session.scalars(select(Team).order_by(Team.created_at)):

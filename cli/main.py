@@ -8,10 +8,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from cli.graft import graft
 from cli.keys import keys, teams
 from core.errors import ShadowError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Shadow-FT as a self-service.")
+app.command()(graft)
 app.add_typer(keys, name="keys")
 app.add_typer(teams, name="teams")
 
@@ -117,5 +119,6 @@ def main() -> None:
     try:
         app()
     except ShadowError as error:
-        typer.echo(f"shadowft: {error.message} {error.hint}".rstrip(), err=True)
+        message = error.message if error.message.endswith((".", "?")) else f"{error.message}."
+        typer.echo(f"shadowft: {message} {error.hint}".rstrip(), err=True)
         sys.exit(1)
