@@ -216,12 +216,12 @@ class Difference:
         base32 = self._base.read32(first, last, scratch.raw, scratch.base32)
         same = (tuned32 == base32) | (tuned32.isnan() & base32.isnan()) if careful else None
         one, two = (base32, tuned32) if scale > 0 else (tuned32, base32)
-        decrement = torch.sub(one, two, out=tuned32)  # equal values give +0.0
+        decrement = torch.sub(one, two, out=tuned32)
         if abs(scale) != 1:
             decrement.mul_(abs(scale))
         if same is not None:
             decrement.masked_fill_(same, 0.0)
-        return Change(decrement, base32)
+        return Change(decrement.add_(_ZERO), base32)  # never -0.0
 
     def total(self, first: int, last: int, buffer: Buffer) -> Tensor | None:
         """Asked of the whole tensor and not of single elements, which would cost a mask (see `arithmetic`)."""

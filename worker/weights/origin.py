@@ -61,7 +61,13 @@ def describe_file(path: Path, *, hashed: bool) -> dict[str, Any]:
 def fingerprint(path: Path) -> list[Any]:
     """What changes when the file does, without reading it: enough to know that a draft's sources are the same."""
     status = path.stat()
-    return [path.name, status.st_size, status.st_mtime_ns, hashlib.sha256(_header(path)).hexdigest()]
+    return [
+        path.name,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        hashlib.sha256(_header(path)).hexdigest(),
+    ]
 
 
 def _header(path: Path) -> bytes:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from core.graft_plan import Selection
 from tests.worker.weights.families import Models, Recipe, recipes
 from tests.worker.weights.law import law
-from tests.worker.weights.made_checkpoints import Tensors, load_model, save_model
+from tests.worker.weights.made_checkpoints import Tensors, load_model, save_model, step
 from worker.weights import LOW_FIDELITY, FullDelta, GraftResult, graft, remedy
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -63,8 +63,14 @@ def near(value: float) -> Any:
     return pytest.approx(value, rel=1e-4, abs=1e-5)
 
 
+def near_fidelity(listed: Iterable[Plain]) -> Any:
+    """Within 1e-4, and what half a step of float32 is of the update: so much the sum moves before it is stored."""
+    update, _, kept, _ = map(torch.cat, zip(*listed, strict=True))
+    return pytest.approx(fidelity(listed), abs=1e-4 + float((step(kept + update) / 2).norm() / update.norm()))
+
+
 @law(
-    quick=30,
+    quick=15,
     thorough=300,
     recipe=recipes(values=st.sampled_from(["ordinary", "integers"])),
     scope=st.sampled_from(["linear", "all"]),
@@ -83,9 +89,9 @@ def test_every_figure_is_that_of_float64(folder: Path, recipe: Recipe, scope: st
         assert (result.fidelity, result.worst_tensor, result.relative_norm) == (1.0, None, 0.0)
         return
     check(result, list(changed.values()))
-    kept = {name: fidelity([each]) for name, each in changed.items()}
-    assert result.worst_fidelity == near(min(kept.values()))
-    assert kept[result.worst_tensor] == near(min(kept.values()))
+    worst = min(changed, key=lambda name: fidelity([changed[name]]))
+    assert result.worst_fidelity == near_fidelity([changed[worst]])
+    assert result.worst_fidelity == near_fidelity([changed[result.worst_tensor]])
     whole, outside = (
         math.fsum(float(each.update.square().sum()) for each in some.values())
         for some in (everything, {name: each for name, each in everything.items() if name not in taken})
@@ -104,7 +110,7 @@ def test_every_figure_is_that_of_float64(folder: Path, recipe: Recipe, scope: st
 
 
 def check(found: Any, listed: list[Plain]) -> None:
-    assert found.fidelity == near(fidelity(listed))
+    assert found.fidelity == near_fidelity(listed)
     if any(bool(each.kept.any()) for each in listed):
         assert found.relative_norm == near(relative_norm(listed))
     if any(bool(each.gap.any()) for each in listed):
