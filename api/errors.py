@@ -17,6 +17,8 @@ from core.errors import Conflict, InvalidInput, NotFound, ShadowError, Unavailab
 #: What pydantic adds to an error's path to say which branch of a union it tried.
 _BRANCHES = ("literal[", "constrained-", "function-", "list[", "dict[", "tuple[", "nullable[", "lax-or-strict")
 _BRANCH_NAMES = frozenset({"int", "float", "str", "bool", "none"})
+#: What pydantic puts before the words of our own validators.
+_PREFIX = "Value error, "
 
 
 class ErrorDetail(BaseModel):
@@ -114,7 +116,8 @@ def _is_branch(part: str) -> bool:
 
 
 def _lowered(message: str) -> str:
-    return message[:1].lower() + message[1:]
+    words = message.removeprefix(_PREFIX)
+    return words[:1].lower() + words[1:]
 
 
 def _shown(value: Any) -> str:

@@ -115,8 +115,8 @@ def graft(
     verify: Annotated[
         Path | None,
         _folder(
-            "Instead of grafting: check a grafted model's files, and make some of its tensors again. "
-            "Where its sources lie is on record; --base, --tuned and so on overrule that.",
+            "Instead of grafting: check a grafted model's files, and make some of its tensors again. Where its sources "
+            "lie is on record unless the model was published; --base, --tuned and so on overrule that.",
             _VERIFY,
         ),
     ] = None,
@@ -327,7 +327,9 @@ def _graft(wish: Wish, out: Path) -> GraftResult:
             hash_sources=wish.hash_sources,
             on_progress=tell,
         )
-    if result.fidelity is not None and result.fidelity < LOW_FIDELITY:
+    if result.fidelity is not None and result.grafted == 0:
+        _say("There was no change to add: the result is the instruct model as it was.")
+    elif result.fidelity is not None and result.fidelity < LOW_FIDELITY:
         _say(f"Only {result.fidelity:.4f} of the change survives. {remedy(delta.kind, wish.output_dtype)}")
     return result
 
@@ -360,6 +362,8 @@ def _verify(wish: Wish, folder: Path) -> None:
     if wish.as_json:
         _print_json(asdict(found))
     _tell(wish, f"{folder} is {'not ' if found.problems else ''}as it was made.", words.of_verification(found))
+    if found.unmade:
+        _say(found.unmade)
     for problem in found.problems:
         _say(problem)
     if found.problems:

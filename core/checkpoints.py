@@ -9,17 +9,19 @@ header length, the header as JSON, then the tensors without a gap
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import InvalidInput
+from core.errors import InvalidInput, Unavailable
 from core.hub import HUB_TIMEOUT_SECONDS, hub_errors
 
 CONFIG_FILE = "config.json"
@@ -32,13 +34,55 @@ DELTA_STEM = "delta"
 DELTA_FILE = "delta.safetensors"
 DELTA_INDEX_FILE = "delta.safetensors.index.json"
 
-#: Bytes of one element. Types narrower than a byte exist in the format, but only in quantised models.
+#: The small files that belong to a model: configs, tokenizers, templates, licences; in any letter case. A list of what
+#: is taken and not of what is left out, since pickles come under ever new names.
+_SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".bpe", ".md", ".yaml")
+#: Whatever follows, such as `LICENSE-2.0`, `LICENSE_GEMMA`, `tokenizer.model.v3`.
+_SMALL_PREFIXES = ("license", "licence", "notice", "copying", "terms", "use_policy", "tokenizer.model")
+_SMALL_NAMES = ("vocab",)
+#: Except for these: code, pickles and weights, and the indexes of weights in other layouts.
+_NEVER_SMALL = (
+    *(".py", ".pyc", ".so", ".sh", ".ipynb"),
+    *(".bin", ".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".npy", ".npz"),
+    *(".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".zip"),
+    *(".bin.index.json", ".h5.index.json", ".msgpack.index.json"),
+)
+
+
+def is_small_file(name: str) -> bool:
+    """Whether a file beside a model's weights belongs to the model; `name` is a bare file name."""
+    lowered = name.lower()
+    if lowered.endswith(_NEVER_SMALL):
+        return False
+    return lowered.endswith(_SMALL_SUFFIXES) or lowered.startswith(_SMALL_PREFIXES) or lowered in _SMALL_NAMES
+
+
+def _any_case(pattern: str) -> str:
+    return "".join(f"[{letter}{letter.upper()}]" if letter.isalpha() else letter for letter in pattern)
+
+
+#: `is_small_file` as shell patterns, for the Hub's client, which heeds the case: what is taken, and what of it is not.
+SMALL_FILE_PATTERNS = [
+    *(_any_case(f"*{suffix}") for suffix in _SMALL_SUFFIXES),
+    *(_any_case(f"{prefix}*") for prefix in _SMALL_PREFIXES),
+    *(_any_case(name) for name in _SMALL_NAMES),
+]
+#: `.safetensors` is not among them: a model's weights are fetched by the same call.
+NOT_SMALL_FILE_PATTERNS = [_any_case(f"*{suffix}") for suffix in _NEVER_SMALL if suffix != ".safetensors"]
+
+#: Bytes of one element.
 DTYPE_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
+
+#: What else the format has (F4, F6_E2M3, F6_E3M2, F8_E4M3FNUZ, ...) is narrow too, and used in quantised models only.
+_QUANTISED_DTYPES = ("F4", "F6", "F8")
+
+#: A folder that cannot be read for one of these may be read later, as it is.
+_PASSING_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 #: The format's own limit.
 MAX_HEADER_BYTES = 100_000_000
@@ -131,22 +175,28 @@ class AdapterHeader:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read the model in `folder`. Files that neither the index nor the single file's name points to are not looked at.
 
-    InvalidInput: there is no such model, it is damaged, it needs code of its own, or it is not stored as safetensors.
+    InvalidInput: there is no such model, it is damaged, it needs code of its own, it is not stored as safetensors, or
+    it may not be read. Unavailable: the disk failed.
     """
-    config = _read_config(folder)
-    return Checkpoint(str(folder), config, _read_weights(folder, SINGLE_FILE, INDEX_FILE))
+    with _disk_errors(folder):
+        config = _read_config(folder)
+        return Checkpoint(str(folder), config, _read_weights(folder, SINGLE_FILE, INDEX_FILE))
 
 
 def read_delta(folder: Path) -> Checkpoint:
-    """Read a saved delta: base's config, and the differences under base's names. InvalidInput: as for a model."""
-    config = _read_config(folder)
-    return Checkpoint(str(folder), config, _read_weights(folder, DELTA_FILE, DELTA_INDEX_FILE))
+    """Read a saved delta: base's config, and the differences under base's names. Raises as for a model."""
+    with _disk_errors(folder):
+        config = _read_config(folder)
+        return Checkpoint(str(folder), config, _read_weights(folder, DELTA_FILE, DELTA_INDEX_FILE))
 
 
 def read_adapter(folder: Path) -> AdapterHeader:
     """Read the PEFT adapter in `folder`. InvalidInput: it is missing, damaged, or kept as a pickle only."""
-    config = _read_json(folder, ADAPTER_CONFIG_FILE)
-    return AdapterHeader(str(folder), config, _by_name(_read_header(folder, ADAPTER_FILE), folder.name))
+    with _disk_errors(folder):
+        if not (folder / ADAPTER_CONFIG_FILE).exists():
+            raise _no_adapter(folder)
+        config = _read_json(folder, ADAPTER_CONFIG_FILE)
+        return AdapterHeader(str(folder), config, _by_name(_read_header(folder, ADAPTER_FILE), folder.name))
 
 
 def read_hub_checkpoint(repo_id: str, revision: str, *, cache_dir: Path) -> Checkpoint:
@@ -191,6 +241,8 @@ def _parse_tensor(name: str, entry: Any, where: str, file: str, data_start: int)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _damaged(where, f"the entry of {name} is {str(entry)[:80]}, not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(dtype, str) and dtype.startswith(_QUANTISED_DTYPES) and dtype not in DTYPE_BYTES:
+        raise _quantised(where, f"{name} has the dtype {dtype}")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise _damaged(where, f"{name} has the dtype {dtype!r}, which is not one of {', '.join(DTYPE_BYTES)}")
     if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
@@ -371,6 +423,39 @@ def _damaged(where: str, finding: str) -> InvalidInput:
     return InvalidInput(
         f"{where} is damaged: {finding}", code="damaged_checkpoint", hint="Copy or download the file again."
     )
+
+
+def _quantised(where: str, finding: str) -> InvalidInput:
+    return InvalidInput(
+        f"{where} is quantised, which cannot be used: {finding}",
+        code="quantised_checkpoint",
+        hint="Take the unquantised model.",
+    )
+
+
+def _no_adapter(folder: Path) -> InvalidInput:
+    if not folder.is_dir():
+        return _missing(f"{folder.name} is not a folder", "Name a folder that PEFT's save_pretrained wrote.")
+    hint = "Name the folder that PEFT's save_pretrained wrote."
+    if (folder / CONFIG_FILE).exists():
+        hint = f"It holds {CONFIG_FILE}, so it is a model: give it as the tuned model, not as an adapter."
+    return _missing(f"{folder.name} is no PEFT adapter: it holds no {ADAPTER_CONFIG_FILE}", hint)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        file = Path(error.filename or folder)
+        where = folder.name if file == folder else f"{folder.name}/{file.name}"
+        finding = f"{where} cannot be read ({error.strerror or error})"
+        if error.errno in _PASSING_ERRORS:
+            raise Unavailable(
+                finding, code="storage_unavailable", hint="Try again; if it stays, look after the disk."
+            ) from error
+        hint = "Make it readable for this user, or copy the folder again, whole."
+        raise InvalidInput(finding, code="unreadable_checkpoint", hint=hint) from error
 
 
 def _needs_code(where: str, finding: str) -> InvalidInput:

@@ -55,6 +55,16 @@ _WRAPPERS = frozenset({"model", "language_model", "text_model", "transformer", "
 #: Computed, not learned: old checkpoints store them, newer ones do not.
 _BUFFER = re.compile(r"(rotary_emb\.inv_freq|(^|\.)attn\.(masked_)?bias)$")
 
+#: Families that tie head and embedding unless their config says otherwise: saving writes only what is not the default,
+#: so that a tied model's config may be silent. (A test compares them with transformers' config classes.)
+TIED_BY_DEFAULT = frozenset(
+    {
+        *("gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "recurrent_gemma", "vaultgemma"),
+        *("gpt2", "gpt_neo", "gpt_bigcode", "opt", "bloom", "mpt", "falcon", "starcoder2"),
+        *("cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "lfm2", "lfm2_moe", "smollm3"),
+    }
+)
+
 #: Dtypes whose values float32 holds exactly.
 GRAFTABLE = frozenset({"F32", "F16", "BF16"})
 #: What quantised checkpoints store beside or instead of a weight (GPTQ, AWQ, bitsandbytes, compressed-tensors, FP8,
@@ -245,8 +255,8 @@ class Lineage:
             *self._architecture_reasons(),
             *self._vocabulary_reasons(),
             *self._tying_reasons(),
-            *_absence_reasons(self._unmatched(self.left, self.shared), have=left, lack=right),
-            *_absence_reasons(self._unmatched(self.right, self.shared.values()), have=right, lack=left),
+            *self._absence_reasons(self._unmatched(self.left, self.shared), left, right, self.right),
+            *self._absence_reasons(self._unmatched(self.right, self.shared.values()), right, left, self.left),
             *self._shape_reasons(),
         ]
 
@@ -287,7 +297,16 @@ class Lineage:
         if is_tied(self.left) == is_tied(self.right):
             return []
         tied = self.words[0] if is_tied(self.left) else self.words[1]
-        return [f"only {tied} ties its head to its embedding"]
+        remedy = f"take two models of one release, or save {tied} with a head of its own and tie_word_embeddings false"
+        return [f"only {tied} ties its head to its embedding; {remedy}"]
+
+    def _absence_reasons(self, names: list[str], have: str, lack: str, lacking: Checkpoint) -> list[str]:
+        if not names:
+            return []
+        reason = f"{len(names)} tensors of {have} are missing in {lack}: {listed(names)}"
+        if not any(map(is_head, names)) or is_tied(lacking):  # of one that ties, `_tying_reasons` tells
+            return [reason]
+        return [f"{reason}; {lack} stores no such head: save it with its head, as AutoModelForCausalLM does"]
 
     def _shape_reasons(self) -> list[str]:
         differing = [
@@ -375,10 +394,6 @@ def quantisation_reasons(checkpoint: Checkpoint, word: str) -> list[str]:
     return [f"{word} holds packed weights: {listed(packed)}; take the unquantised model"] if packed else []
 
 
-def _absence_reasons(names: list[str], *, have: str, lack: str) -> list[str]:
-    return [f"{len(names)} tensors of {have} are missing in {lack}: {listed(names)}"] if names else []
-
-
 def _dtype_reasons(lineage: Lineage, grafted: dict[str, str]) -> list[str]:
     infos = [(lineage.words[0], lineage.left.tensors[name]) for name in grafted]
     infos += [(lineage.words[1], lineage.right.tensors[other]) for other in grafted.values()]
@@ -435,11 +450,19 @@ def head(checkpoint: Checkpoint) -> str | None:
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:
-    """What the config says, else whether a head is stored: some families tie by default and do not say so, and the
-    two parts of a multimodal config may disagree."""
+    """What the config says, else what its family does by default, else whether a head is stored: the two parts of a
+    multimodal config may disagree."""
     parts = (checkpoint.config, checkpoint.text_config)
-    stated = {part["tie_word_embeddings"] for part in parts if isinstance(part.get("tie_word_embeddings"), bool)}
-    return stated.pop() if len(stated) == 1 else head(checkpoint) is None
+    said = [part.get("tie_word_embeddings") for part in parts]
+    stated = {one for one in said if isinstance(one, bool)}
+    if len(stated) == 1:
+        return stated.pop()
+    return (not stated and _ties_by_default(checkpoint)) or head(checkpoint) is None
+
+
+def _ties_by_default(checkpoint: Checkpoint) -> bool:
+    named = checkpoint.text_config if checkpoint.text_config.get("model_type") else checkpoint.config
+    return _model_type(named) in TIED_BY_DEFAULT
 
 
 def listed(items: Sequence[str]) -> str:

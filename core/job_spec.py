@@ -153,7 +153,10 @@ class JobSpec(_Frozen):
             return (1.0,)
         if self.evaluation.left_out is not None:  # nobody would look at the others
             return (self.graft.scale,)
-        return tuple({f"{scale:g}": scale for scale in (self.graft.scale, *self.evaluation.scales)}.values())
+        by_name: dict[str, float] = {}
+        for scale in (self.graft.scale, *self.evaluation.scales):
+            by_name.setdefault(f"{scale:g}", scale)
+        return tuple(by_name.values())
 
     @property
     def start(self) -> ModelSource:

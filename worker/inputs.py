@@ -15,6 +15,7 @@ from pathlib import Path
 import structlog
 from huggingface_hub import snapshot_download
 
+from core.checkpoints import NOT_SMALL_FILE_PATTERNS, SMALL_FILE_PATTERNS
 from core.config import Settings
 from core.errors import Cause, InvalidInput, StepFailed, Unavailable
 from core.hub import hub_errors
@@ -23,9 +24,9 @@ from core.storage import COPY_BYTES, Storage
 from worker.workspace import Workspace, write_durably
 
 #: Nothing else of a repository is ever fetched: no pickles, no code.
-MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.jinja", "LICENSE*", "NOTICE*"]
-#: Weights in other layouts that lie beside the shards.
-NOT_MODEL_FILES = ["consolidated*", "original/*", "adapter_*", "*/*"]
+MODEL_FILES = ["*.safetensors", *SMALL_FILE_PATTERNS]
+#: Weights in other layouts that lie beside the shards, the model's card, and whatever lies in folders.
+NOT_MODEL_FILES = [*NOT_SMALL_FILE_PATTERNS, "consolidated*", "adapter_*", "README.md", "*/*"]
 
 #: Between two looks at the lease while a model is downloaded.
 CHECK_SECONDS = 0.5

@@ -31,9 +31,17 @@ class GraftEvaluation(StrictModel):
     scales: list[Scale] = Field(
         default_factory=list, max_length=8, description="Further scales to graft and measure; only one is published."
     )
-    max_rows: int | None = Field(None, ge=1, le=10_000, description="Rows measured of each set. Null: the source's.")
-    max_new_tokens: int | None = Field(None, ge=1, le=4096, description="Null: the source's.")
-    exact_match: Literal["auto", "on", "off"] | None = Field(None, description="Null: the source's.")
+    max_rows: int | None = Field(
+        None, ge=1, le=10_000, description="Rows measured of each set. Null: as in the source job."
+    )
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=4096, description="Longest answer that is generated to be compared. Null: as in the source job."
+    )
+    exact_match: Literal["auto", "on", "off"] | None = Field(
+        None,
+        description="Generate an answer to each held-out row and compare. `auto`: where all answers are short. Null: "
+        "as in the source job.",
+    )
 
     @model_validator(mode="after")
     def _scales_are_for_comparing(self) -> GraftEvaluation:
@@ -60,9 +68,14 @@ class GraftRequest(GraftOptions):
         description="A succeeded job (`ftjob-…`), or one of its artifacts (`art_…`) of the kind `adapter` or `delta`. "
         "A job of LoRA always has its adapter; one of full tuning has a delta where it asked for `publish.delta`.",
     )
-    suffix: Suffix | None = None
-    metadata: Metadata | None = None
-    evaluation: GraftEvaluation = GraftEvaluation()
+    suffix: Suffix | None = Field(None, description="Becomes part of the grafted model's name, `fine_tuned_model`.")
+    metadata: Metadata | None = Field(
+        None,
+        description="Up to 16 pairs of your own, kept and shown with the graft: names of 64 letters, values of 512.",
+    )
+    evaluation: GraftEvaluation = Field(
+        GraftEvaluation(), description="What is compared after the graft, and on how much."
+    )
 
 
 class GraftObject(BaseModel):
@@ -72,28 +85,39 @@ class GraftObject(BaseModel):
     storage in the output's dtype, `discarded_share` the share that scope and patterns left out.
     """
 
-    id: str
-    object: Literal["graft"] = "graft"
-    created_at: int
-    finished_at: int | None
-    target: str
-    source: str
-    #: The job that learned what is grafted.
-    source_job: str
-    pair: str
-    fine_tuned_model: str | None
-    organization_id: str
-    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
-    phase: str | None
-    options: dict[str, Any]
-    evaluation: dict[str, Any]
-    graft_result: dict[str, Any] | None
-    error: JobError | None
-    metadata: dict[str, str] | None
-    user_provided_suffix: str | None
-    progress: dict[str, Any] | None
-    waiting_for: str | None
-    attempt: int
+    id: str = Field(description="`ftjob-…`: a graft is a job, and its id is one.")
+    object: Literal["graft"] = Field("graft", description="Always `graft`.")
+    created_at: int = Field(description="Unix seconds.")
+    finished_at: int | None = Field(description="Unix seconds. Null: it has not ended.")
+    target: str = Field(description="The model that was grafted onto, as the request named it.")
+    source: str = Field(description="The job or artifact that the request named.")
+    source_job: str = Field(description="The job that learned what is grafted.")
+    pair: str = Field(description="The pair whose instruct model is the target.")
+    fine_tuned_model: str | None = Field(description="The grafted model's name. Null: the graft has not succeeded.")
+    organization_id: str = Field(description="The team.")
+    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"] = Field(
+        description="As of a fine-tuning job."
+    )
+    phase: str | None = Field(
+        description="What a worker does just now: `preparing`, `grafting`, `evaluating`, `publishing` or `cancelling`. "
+        "Null: none works on it."
+    )
+    options: dict[str, Any] = Field(
+        description="What it is grafted with: `scale`, `scope`, `include`, `exclude`, `output_dtype`."
+    )
+    evaluation: dict[str, Any] = Field(description="What is compared, as the request put it.")
+    graft_result: dict[str, Any] | None = Field(
+        description="How much of the change the model holds: `fidelity`, `discarded_share` and more. Null: the graft "
+        "has not succeeded."
+    )
+    error: JobError | None = Field(description="Why it failed, and what to do about it. Null: it has not failed.")
+    metadata: dict[str, str] | None = Field(description="As the request put it.")
+    user_provided_suffix: str | None = Field(description="The request's `suffix`.")
+    progress: dict[str, Any] | None = Field(
+        description="How far the phase has come: `step` of `total_steps`, `eta_seconds`. Null: nothing to tell."
+    )
+    waiting_for: str | None = Field(description="Why it does not move yet, in a sentence. Null: nothing is amiss.")
+    attempt: int = Field(description="How often a worker has begun it; more than 1 after an interruption.")
 
 
 # --- handlers -------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ class GraftOptions(StrictModel):
     scope: Literal["linear", "all"] = Field(
         "linear",
         description="`linear`: the attention and MLP projections. `all`: every tensor that both models share. "
-        "They differ after full tuning only: LoRA changes nothing but linears.",
+        "They differ after full tuning only: the LoRA adapters that this service trains change nothing but linears.",
     )
     include: Patterns = Field(
         default_factory=list,

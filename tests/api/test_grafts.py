@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import httpx
 import pytest
 from openai import OpenAI
 
@@ -199,6 +200,21 @@ def test_a_job_that_has_not_succeeded_is_no_source(client):
         session.commit()
     assert "'validating_files'" in refused(client, waiting, 409, "source_not_succeeded")
     assert "'failed'" in refused(client, failed, 409, "source_not_succeeded")
+
+
+def test_a_refusal_of_ours_is_said_in_our_words(client):
+    evaluation = {"scales": [0.5], "compare": False}
+    error = told(
+        client.http.post("/grafts", **as_json(body(evaluation=evaluation))), 400, "invalid_value", "evaluation"
+    )
+    assert error["message"].startswith("Invalid value for 'evaluation': further scales are grafted to be compared;")
+
+
+def test_every_field_of_a_graft_is_described(api):
+    schemas = httpx.get(f"{api.url}/openapi.json").json()["components"]["schemas"]
+    for name in ("GraftRequest", "GraftEvaluation", "GraftObject"):
+        silent = [field for field, said in schemas[name]["properties"].items() if not said.get("description")]
+        assert not silent, f"{name} says nothing about {silent}"
 
 
 def test_a_graft_is_no_source_and_names_the_job_that_is(client, source):

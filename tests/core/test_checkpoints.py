@@ -1,10 +1,12 @@
 """Headers of strangers: the good ones are read exactly, each damaged one is refused with the place and the finding."""
 
+import errno
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from core.checkpoints import DTYPE_BYTES, read_adapter, read_checkpoint, read_hub_checkpoint
+from core.checkpoints import (
+    DTYPE_BYTES,
+    NOT_SMALL_FILE_PATTERNS,
+    SMALL_FILE_PATTERNS,
+    is_small_file,
+    read_adapter,
+    read_checkpoint,
+    read_delta,
+    read_hub_checkpoint,
+)
 from core.errors import InvalidInput, Unavailable
 
 CONFIG = {"model_type": "qwen3", "num_hidden_layers": 2, "vocab_size": 8}
@@ -121,7 +132,7 @@ DAMAGED = {
     "name twice": (framed('{"w": 1, "w": 2}'), "'w' stands twice"),
     "entry not an object": (framed('{"w": 1}'), "not dtype, shape"),
     "missing offsets": (framed('{"w": {"dtype": "F32", "shape": [2]}}', bytes(8)), "not dtype, shape"),
-    "unknown dtype": (framed(json.dumps({"w": entry("F4", (2,), (0, 1))}), bytes(1)), "'F4'"),
+    "unknown dtype": (framed(json.dumps({"w": entry("X4", (2,), (0, 1))}), bytes(1)), "'X4'"),
     "dtype not a word": (framed(json.dumps({"w": entry(["F32"])}), bytes(8)), "has the dtype"),
     "negative shape": (framed(json.dumps({"w": entry(shape=(-2,))}), bytes(8)), "not whole numbers"),
     "fractional shape": (framed(json.dumps({"w": entry(shape=(2.0,))}), bytes(8)), "not whole numbers"),
@@ -206,6 +217,89 @@ def test_an_adapter_is_read_and_a_pickled_one_refused(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(shard(a=2))
     header = read_adapter(tmp_path)
     assert (header.config, list(header.tensors)) == ({"peft_type": "LORA"}, ["a"])
+
+
+def refusal_of(read: Callable[[Path], Any], folder: Path) -> str:
+    with pytest.raises(InvalidInput) as refusal:
+        read(folder)
+    return f"{refusal.value.message}. {refusal.value.hint}"
+
+
+def test_a_folder_without_an_adapter_is_told_from_a_model(tmp_path):
+    empty = tmp_path / "notes"
+    empty.mkdir()
+    said = refusal_of(read_adapter, empty)
+    assert said.startswith("notes is no PEFT adapter: it holds no adapter_config.json. Name the folder")
+    model = write_model(tmp_path / "qwen", {"model.safetensors": shard(one=2)})
+    assert "it is a model: give it as the tuned model" in refusal_of(read_adapter, model)
+    assert refusal_of(read_adapter, tmp_path / "nowhere").startswith("nowhere is not a folder.")
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ"])
+def test_a_dtype_of_quantised_models_is_no_damage(tmp_path, dtype):
+    content = framed(json.dumps({"w": entry(dtype, (8,), (0, 4))}), bytes(4))
+    folder = write_model(tmp_path / "qwen", {"model.safetensors": content})
+    assert refusal_of(read_checkpoint, folder) == (
+        f"qwen/model.safetensors is quantised, which cannot be used: w has the dtype {dtype}. "
+        "Take the unquantised model."
+    )
+
+
+@pytest.mark.parametrize(
+    ("read", "file"),
+    [
+        (read_checkpoint, "config.json"),
+        (read_checkpoint, "model.safetensors.index.json"),
+        (read_delta, "config.json"),
+        (read_adapter, "adapter_config.json"),
+    ],
+)
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, read, file):
+    folder = write_model(tmp_path / "qwen", {})
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).mkdir()
+    assert refusal_of(read, folder).startswith(f"qwen/{file} cannot be read (Is a directory). Make it readable")
+
+
+def test_a_file_that_cannot_be_opened_is_named(tmp_path):
+    folder = write_model(tmp_path / "qwen", {"model.safetensors": shard(one=2)})
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("config.json")
+    assert refusal_of(read_checkpoint, folder).startswith("qwen/config.json cannot be read (Too many levels")
+
+
+def test_a_disk_that_fails_may_be_asked_again(tmp_path, monkeypatch):
+    def fail(self: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(self))
+
+    folder = write_model(tmp_path / "qwen", {"model.safetensors": shard(one=2)})
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(Unavailable, match=r"qwen/config\.json cannot be read \(Input/output error\)"):
+        read_checkpoint(folder)
+
+
+# --- the small files of a model ---------------------------------------------------------------------------------------
+
+SMALL_FILES = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors.index.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "chat_template.jinja", "tokenizer.model", "tokenizer.model.v3", "qwen.tiktoken"),
+    *("sentencepiece.bpe.model", "source.spm", "vocab", "vocab.bpe", "dict.vocab", "MODEL_CARD.md", "recipe.yaml"),
+    *("LICENSE", "LICENCE", "license", "License.txt", "LICENSE.pdf", "LICENSE_GEMMA", "LICENSE-2.0", "NOTICE"),
+    *("Notice.md", "COPYING.LESSER", "TERMS_OF_USE", "USE_POLICY.md", "Use_Policy.pdf"),
+)
+OTHER_FILES = (
+    *("model-00001-of-00002.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf"),
+    *("optimizer.pt", "consolidated.00.pth", "tf_model.h5", "flax_model.msgpack", "training_args.bin", "vocab.pkl"),
+    *("modeling_mine.py", "LICENSE.py", "tokenizer.model.pkl", "NOTICE.BIN", "vocabulary", "figure.png"),
+)
+
+
+@pytest.mark.parametrize("name", [*SMALL_FILES, *OTHER_FILES])
+def test_which_small_files_belong_to_a_model_is_one_list(name):
+    assert is_small_file(name) is (name in SMALL_FILES)
+    taken = any(fnmatchcase(name, pattern) for pattern in SMALL_FILE_PATTERNS)
+    left_out = any(fnmatchcase(name, pattern) for pattern in NOT_SMALL_FILE_PATTERNS)
+    assert (taken and not left_out) is (name in SMALL_FILES)
 
 
 # --- the Hub: a real server that speaks the part of its protocol that is used --------------------------------------

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from core.checkpoints import Checkpoint, TensorInfo
 from core.errors import PairRefused
 from core.graft_plan import (
+    TIED_BY_DEFAULT,
     GraftPlan,
     Selection,
     is_linear,
@@ -182,6 +183,44 @@ def test_where_the_two_parts_of_a_config_disagree_a_stored_head_is_no_embedding(
     unsure = model(changes=changes, model_type="mistral3", tie_word_embeddings=True, text_config=text)
     sure = model(changes=changes, model_type="mistral", tie_word_embeddings=not stored)
     assert plan_graft(unsure, sure).grafted
+
+
+def silent(model_type: str, changes: dict[str, tuple[int, ...] | None] | None = None, **config: Any) -> Checkpoint:
+    """A model whose config does not say whether it ties."""
+    made = model(changes=changes, model_type=model_type, **config)
+    del made.config["tie_word_embeddings"]
+    return made
+
+
+@pytest.mark.parametrize("family", sorted(TIED_BY_DEFAULT))
+def test_a_family_that_ties_by_default_need_not_say_so(family):
+    without, stored = silent(family, {HEAD: None}), silent(family)
+    assert plan_graft(stored, without, selection=Selection("all")).grafted[HEAD] == "model.embed_tokens.weight"
+    assert plan_graft(without, stored, selection=Selection("all")).grafted
+
+
+def test_a_text_part_that_is_silent_ties_by_its_own_family():
+    text = {"model_type": "gemma3_text", "hidden_size": 4}
+    assert plan_graft(silent("gemma3", text_config=text), silent("gemma3_text", {HEAD: None})).grafted
+
+
+def test_a_family_that_ties_by_default_may_say_otherwise():
+    (reason,) = reasons_of(model(model_type="gemma"), silent("gemma"))
+    assert reason.startswith("only base ties its head to its embedding; take two models of one release, or save base")
+
+
+@pytest.mark.parametrize("family", sorted(TIED_BY_DEFAULT))
+def test_the_families_that_tie_by_default_are_those_of_transformers(family):
+    auto = pytest.importorskip("transformers.models.auto.configuration_auto")
+    assert auto.CONFIG_MAPPING[family]().get_text_config().tie_word_embeddings is True
+
+
+def test_a_head_that_was_not_saved_is_missed_with_the_remedy():
+    (reason,) = reasons_of(model(), model(changes={HEAD: None}))
+    assert reason == (
+        f"1 tensors of instruct are missing in base: {HEAD}; base stores no such head: save it with its head, as "
+        "AutoModelForCausalLM does"
+    )
 
 
 def test_a_tied_pair_may_store_head_or_embedding():

@@ -101,6 +101,16 @@ def outcome(job_id, team_id):
     )
 
 
+# --- what is grafted --------------------------------------------------------------------------------------------------
+
+
+def test_of_scales_that_are_written_alike_the_published_one_is_grafted():
+    spec = make_spec("ftjob-1")
+    graft = spec.graft.model_copy(update={"scale": 0.70000001})
+    evaluation = spec.evaluation.model_copy(update={"scales": (0.5, 0.7, 0.50000001)})
+    assert spec.model_copy(update={"graft": graft, "evaluation": evaluation}).scales == (0.70000001, 0.5)
+
+
 # --- when -------------------------------------------------------------------------------------------------------------
 
 

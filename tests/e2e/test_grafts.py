@@ -25,9 +25,10 @@ def test_a_graft_like_the_jobs_own_is_its_model_to_the_byte(
 ):
     ready, job = request.getfixturevalue(kind)
 
-    again = graft(ready, job.id, **options)
+    again = graft(ready, job.id, **options, evaluation={"compare": False})
 
     assert again["status"] == "succeeded", again["error"]
+    assert "The models will not be compared: it was not asked for" in messages(ready, again["id"])
     first, second = (download(ready, each, tmp_path / each) for each in (job.id, again["id"]))
     assert weights(first) == weights(second)
     assert again["graft_result"]["fidelity"] == job.graft_result["fidelity"]
@@ -88,13 +89,3 @@ def test_a_graft_tells_its_story(half, shadow_job):
     assert [line for line in said if "completed" in line] == [said[-1]]
     assert made["fine_tuned_model"].startswith("ft:tiny:default:half:")
     assert [one["id"] for one in ready.client.get("/grafts", cast_to=dict)["data"]].count(made["id"]) == 1
-
-
-def test_a_graft_without_a_comparison_reads_no_data(full_job):
-    ready, job = full_job
-
-    made = graft(ready, job.id, scope="all", evaluation={"compare": False})
-
-    assert made["status"] == "succeeded", made["error"]
-    assert made["graft_result"]["discarded_share"] == 0
-    assert "The models will not be compared: it was not asked for" in messages(ready, made["id"])

@@ -178,9 +178,13 @@ def requests(hub):
     return (hub.folder / "requests.log").read_text().splitlines()
 
 
-WANTED = ("config.json", "model.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja", "LICENSE")
+WANTED = (
+    *("config.json", "model.safetensors", "tokenizer.json", "merges.txt", "chat_template.jinja", "LICENSE"),
+    *("tokenizer.model.v3", "Use_Policy.md", "license.pdf"),
+)
 UNWANTED = (
     *("pytorch_model.bin", "training_args.bin", "optimizer.pt", "modeling_x.py", "onnx/model.onnx", "README.md"),
+    *("pytorch_model.bin.index.json", "tokenizer.model.pkl"),
     *("consolidated.safetensors", "original/params.json", "adapter_model.safetensors", "adapter_config.json"),
 )
 

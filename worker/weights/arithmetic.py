@@ -47,17 +47,14 @@ def add(
     kept32 = scratch.kept32.floats(len(kept)).copy_(kept)
     sums = _sums(kept32, change) if measure else Sums()
     to_float = out.dtype == torch.float32
-    exact = torch.sub(kept32, change.decrement, out=out if to_float else kept32)
+    exact = torch.sub(kept32, change.decrement, out=out if to_float else scratch.base32.floats(len(kept)))
     if total is not None:
         exact.copy_(total)
+    if not to_float:
+        out.copy_(exact)
     if not measure:
-        out.copy_(exact)
         return sums if float(torch.dot(exact, exact)) < _SAFE_SQUARES[out.dtype] else None
-    if to_float:
-        error = _parts_error(out, kept32, change.decrement)
-    else:
-        out.copy_(exact)
-        error = _squares(exact.sub_(scratch.base32.floats(len(kept)).copy_(out)))  # base's values have been used
+    error = _error(out if to_float else exact.copy_(out), kept32, change.decrement)
     return sums._replace(error=error) if math.isfinite(error) else None
 
 
@@ -70,13 +67,13 @@ def _sums(kept32: Tensor, change: Change) -> Sums:
     return Sums(update=update, kept=squares, towards=-_dot(change.decrement, gap), gap=_squares(gap))
 
 
-def _parts_error(out: Tensor, kept: Tensor, decrement: Tensor) -> float:
-    """Sum of the squares of `out - (kept + update)` where the sum itself is rounded as `out` is. Uses up `kept`.
+def _error(stored: Tensor, kept: Tensor, decrement: Tensor) -> float:
+    """Sum of the squares of `stored - (kept + update)`. Uses up `kept`.
 
-    `out - kept` is exact where the two are within a factor of two (Sterbenz), which an update that rounding can harm
-    leaves them.
+    Not `stored - sum`: the sum itself is rounded, and what that took would be overlooked. `stored - kept` is exact
+    where the two are within a factor of two (Sterbenz), which an update that rounding can harm leaves them.
     """
-    return _squares(torch.sub(out, kept, out=kept).add_(decrement))
+    return _squares(torch.sub(stored, kept, out=kept).add_(decrement))
 
 
 def add_carefully(kept: Tensor, change: Change, out: Tensor, *, total: Tensor | None, measure: bool) -> Sums:
@@ -96,7 +93,7 @@ def add_carefully(kept: Tensor, change: Change, out: Tensor, *, total: Tensor | 
     base = None if change.base is None else torch.where(torch.isfinite(change.base), change.base, finite).double()
     wide = Change(change.decrement.double(), base)
     sums = _sums(finite.double(), wide)
-    return sums._replace(error=_parts_error(torch.where(untouched, 0.0, out.double()), finite.double(), wide.decrement))
+    return sums._replace(error=_error(torch.where(untouched, 0.0, out.double()), finite.double(), wide.decrement))
 
 
 def change_squares(change: Change) -> float:

@@ -110,6 +110,8 @@ class FullDelta:
 
     def bind(self, instruct: Checkpoint, reader: Reader, selection: Selection) -> BoundDelta:
         base, tuned = read_checkpoint(self.base), read_checkpoint(self.tuned)
+        if self.base.samefile(self.tuned):
+            raise PairRefused(["base and tuned base are one folder, so that there is no change to graft"])
         plan = plan_graft(instruct, base, selection=selection)
         tuning = plan_graft(base, tuned, selection=Selection("all"), words=("base", "tuned base"))
         _refuse_untold(plan, tuning)
@@ -132,10 +134,15 @@ class FullDelta:
             grafted=differences(plan.grafted),
             discarded=differences(plan.discarded),
             common_rows=common_rows,
-            remarks=(*plan.remarks, *(tuning.remarks if tuning.common_rows else ())),
+            remarks=(*plan.remarks, *_vocabulary_remarks(tuning)),
             readers={"base": base_reader, "tuned": tuned_reader},
             checkpoints={"base": base.tensors, "tuned": tuned.tensors},
         )
+
+
+def _vocabulary_remarks(tuning: GraftPlan) -> list[str]:
+    counts = sorted(set(tuning.common_rows.values()))
+    return [f"the tuned base has not as many rows as base: the first {count} are grafted" for count in counts]
 
 
 def _refuse_untold(plan: GraftPlan, tuning: GraftPlan) -> None:
@@ -217,11 +224,9 @@ class Difference:
         same = (tuned32 == base32) | (tuned32.isnan() & base32.isnan()) if careful else None
         one, two = (base32, tuned32) if scale > 0 else (tuned32, base32)
         decrement = torch.sub(one, two, out=tuned32)
-        if abs(scale) != 1:
-            decrement.mul_(abs(scale))
         if same is not None:
             decrement.masked_fill_(same, 0.0)
-        return Change(decrement.add_(_ZERO), base32)  # never -0.0
+        return Change(_scaled(decrement, abs(scale), careful=careful).add_(_ZERO), base32)  # never -0.0
 
     def total(self, first: int, last: int, buffer: Buffer) -> Tensor | None:
         """Asked of the whole tensor and not of single elements, which would cost a mask (see `arithmetic`)."""
@@ -254,13 +259,23 @@ class SavedChange:
         self._delta = delta
 
     def read(self, first: int, last: int, scale: float, scratch: Scratch, *, careful: bool) -> Change:
-        return Change(self._delta.read32(first, last, scratch.raw, scratch.change32).mul_(-scale).add_(_ZERO))
+        delta = self._delta.read32(first, last, scratch.raw, scratch.change32)
+        return Change(_scaled(delta, -scale, careful=careful).add_(_ZERO))  # never -0.0
 
     def total(self, first: int, last: int, buffer: Buffer) -> Tensor | None:
         return None
 
     def announce(self, first: int, last: int) -> None:
         self._delta.announce(first, last)
+
+
+def _scaled(change: Tensor, scale: float, *, careful: bool) -> Tensor:
+    """In place. `careful`: no change stays none, also where the scale is beyond float32."""
+    if scale == 1:
+        return change
+    nothing = change == 0 if careful else None
+    change.mul_(scale)
+    return change if nothing is None else change.masked_fill_(nothing, 0.0)
 
 
 def _common_elements(info: TensorInfo, common_rows: Mapping[str, int]) -> int:
@@ -354,9 +369,7 @@ class Product:
     def read(self, first: int, last: int, scale: float, scratch: Scratch, *, careful: bool) -> Change:
         start = first // self.grain * self.grain
         panel, base = self._panel(first // self.grain, scratch)
-        change = self._delta(panel, base, start // self._columns)
-        if abs(scale) != 1:
-            change.mul_(abs(scale))
+        change = _scaled(self._delta(panel, base, start // self._columns), abs(scale), careful=careful)
         decrement = torch.sub(_ZERO, change, out=change) if scale > 0 else change.add_(_ZERO)  # never -0.0
         inside = slice(first - start, last - start)
         return Change(decrement.view(-1)[inside], None if base is None else base.view(-1)[inside])

@@ -57,7 +57,7 @@ class Measurement:
     #: The grafted tensor that keeps least of its update; None where there was nothing to add.
     worst_tensor: str | None
     worst_fidelity: float | None
-    #: Share of the whole change (L2) that the selection left out.
+    #: Share of the whole change (L2) that the selection left out; None at scale 0.
     discarded_share: float | None
     relative_norm: float | None
     cosine: float | None
@@ -119,10 +119,12 @@ class Tally:
             modules=_grouped(totals, module_of),
         )
 
-    def _discarded_share(self, scale: float, total: Sums) -> float:
-        left_out = math.fsum(square for squares in self._discarded.values() for square in squares)
-        whole = left_out + (total.update / scale**2 if scale else 0.0)
-        return math.sqrt(left_out / whole) if whole else 0.0
+    def _discarded_share(self, scale: float, total: Sums) -> float | None:
+        if not scale:  # nothing was looked at
+            return None
+        left_out = math.sqrt(math.fsum(square for squares in self._discarded.values() for square in squares))
+        whole = math.hypot(left_out, math.sqrt(total.update) / abs(scale))
+        return left_out / whole if whole else 0.0
 
 
 def layer_of(name: str) -> str | None:

@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -64,10 +64,14 @@ def copy_file(source: Path, target: Path) -> FileRecord:
     return file.record
 
 
-def write_json(target: Path, value: Any) -> FileRecord:
+def write_bytes(target: Path, content: bytes) -> FileRecord:
     with hashed_file(target) as file:
-        file.write(json_bytes(value))
+        file.write(content)
     return file.record
+
+
+def write_json(target: Path, value: Any) -> FileRecord:
+    return write_bytes(target, json_bytes(value))
 
 
 def json_bytes(value: Any) -> bytes:
@@ -99,6 +103,7 @@ class Draft:
     def __init__(self, out: Path) -> None:
         self._out = out
         self._root = out.with_name(f".{out.name}.graft")
+        self._new_parents = [parent for parent in out.parents if not parent.exists()]
         self.folder = self._root / "folder"
         self._records = self._root / "records"
 
@@ -130,8 +135,21 @@ class Draft:
         self.folder.rename(self._out)
         sync_folder(self._out.parent)
 
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Files that another run left, and that may be old: small ones are made again."""
+        kept = set(names)
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in kept:
+                path.unlink()
+
     def remove(self) -> None:
+        """All of it, and the folders that were made for it, where nothing else came to lie in them."""
         shutil.rmtree(self._root, ignore_errors=True)
+        with suppress(OSError):
+            for parent in self._new_parents:
+                parent.rmdir()
 
     def remove_empty(self) -> None:
         """Where no shard is finished there is nothing to go on from."""

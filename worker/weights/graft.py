@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from core.checkpoints import CONFIG_FILE, INDEX_FILE, Checkpoint, read_checkpoint
+from core.checkpoints import CONFIG_FILE, INDEX_FILE, Checkpoint, is_small_file, read_checkpoint
 from core.errors import InvalidInput
 from core.graft_plan import Selection
 from worker.weights.delta import BoundDelta, Delta
@@ -35,9 +35,8 @@ from worker.weights.files import (
     FileRecord,
     copy_file,
     draft_of,
-    hashed_file,
-    json_bytes,
     refuse_taken,
+    write_bytes,
     write_json,
     write_manifest,
 )
@@ -49,11 +48,6 @@ from worker.weights.writing import OnProgress, write_shards
 
 SHADOW_FILE = "shadow.json"
 
-#: What a model folder carries besides weights: configs, tokenizers, templates, policies. A list of what is taken and
-#: not of what is left out, since pickles come under ever new names.
-_CARRIED_SUFFIXES = frozenset({".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".bpe", ".md"})
-#: And these, which have no suffix.
-_CARRIED_NAMES = frozenset({"LICENSE", "LICENCE", "NOTICE", "COPYING"})
 #: These would speak of another model than the output, or make a loader look for other weights.
 _LEFT_BEHIND = frozenset({"README.md", "adapter_config.json", SHADOW_FILE, MANIFEST_FILE})
 _TEMPLATE_FOLDER = "additional_chat_templates"
@@ -101,6 +95,8 @@ class Plan:
     options: Options
     shards: list[Shard]
     reader: Reader
+    #: What each source's files were like before the first of them was read.
+    fingerprints: dict[str, list[Any]]
 
     @property
     def sources(self) -> dict[str, Path]:
@@ -111,10 +107,23 @@ class Plan:
 
     def key(self, *, measure: bool = True, hashes: bool = True) -> str:
         """One text for one output: a draft made under another one is not gone on with."""
-        files = {role: _fingerprints(self, role) for role in self.sources}
         made_by = versions("shadowft", "torch")
         wanted = {**self.options.as_json(self.delta.kind), "measure": measure, "hashes": hashes}
-        return hashlib.sha256(json.dumps([files, wanted, made_by]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.fingerprints, wanted, made_by]).encode()).hexdigest()
+
+    def weight_files(self, role: str) -> list[str]:
+        tensors = self.checkpoint.tensors if role == "instruct" else self.bound.checkpoints[role]
+        return sorted({info.file for info in tensors.values()})
+
+    def refuse_changed_sources(self) -> None:
+        """InvalidInput: a file is not what it was when the graft was planned, so that the output is of two minds."""
+        for role, folder in self.sources.items():
+            if _fingerprints(folder) != self.fingerprints[role]:
+                raise InvalidInput(
+                    f"The {role} model in {folder.name} was changed while it was read",
+                    code="source_changed",
+                    hint="Run it again when nothing writes there.",
+                )
 
     def close(self) -> None:
         for reader in (self.reader, *self.bound.readers.values()):
@@ -124,11 +133,13 @@ class Plan:
 @contextmanager
 def planned(instruct: Path, delta: Delta, options: Options) -> Iterator[Plan]:
     """PairRefused: the delta does not fit, with every reason. InvalidInput: a source is damaged."""
+    folders = {"instruct": instruct, **delta.sources}
+    fingerprints = {role: _fingerprints(folder) for role, folder in folders.items()}
     checkpoint = read_checkpoint(instruct)
     reader = Reader(instruct)
     bound = delta.bind(checkpoint, reader, options.selection)
     shards = plan_shards(checkpoint, reader, bound, scale=options.scale, output_dtype=options.output_dtype)
-    plan = Plan(instruct, checkpoint, delta, bound, options, shards, reader)
+    plan = Plan(instruct, checkpoint, delta, bound, options, shards, reader, fingerprints)
     try:
         with one_torch_thread():
             yield plan
@@ -166,12 +177,15 @@ def graft(
     refuse_inside(out, (instruct, *delta.sources.values()))
     options = Options(scale=scale, selection=selection, output_dtype=output_dtype)
     with planned(instruct, delta, options) as plan, draft_of(out, plan.key(measure=measure, hashes=hashes)) as draft:
+        rewritten = _rewritten_files(plan)
         recipe = plan.recipe(Tally(), measure=measure)
         shards = write_shards(recipe, plan.shards, draft, threads=threads, hashed=hashes, on_progress=on_progress)
-        records = shards.records | _carry_small_files(plan, draft.folder)
+        draft.keep_only(shards.records)
+        records = shards.records | _carry_small_files(plan, draft.folder, rewritten)
         measurement = _measurement(plan, recipe.tally, measure=measure)
         shadow = describe(plan, provenance, measurement, out, hash_sources=hash_sources)
         records[SHADOW_FILE] = write_json(draft.folder / SHADOW_FILE, shadow)
+        plan.refuse_changed_sources()
         written = write_manifest(draft.folder, records)
     return GraftResult(
         **{name: getattr(measurement, name) for name in Measurement.__dataclass_fields__},
@@ -215,40 +229,35 @@ def refuse_inside(out: Path, sources: Iterable[Path]) -> None:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def _carry_small_files(plan: Plan, folder: Path) -> dict[str, FileRecord]:
+def _carry_small_files(plan: Plan, folder: Path, rewritten: dict[str, bytes]) -> dict[str, FileRecord]:
     """Config, tokenizer, template and licence are Instruct's; only what speaks of another dtype is changed."""
     records = {}
     for name in _small_files(plan.instruct, with_index=plan.checkpoint.is_sharded):
         target = folder / name
         target.parent.mkdir(exist_ok=True)
-        changed = _other_dtype(plan, name)
-        records[name] = copy_file(plan.instruct / name, target) if changed is None else _write(target, changed)
+        if name in rewritten:
+            records[name] = write_bytes(target, rewritten[name])
+        else:
+            records[name] = copy_file(plan.instruct / name, target)
     return records
 
 
-def _write(target: Path, content: bytes) -> FileRecord:
-    with hashed_file(target) as file:
-        file.write(content)
-    return file.record
-
-
-def _other_dtype(plan: Plan, name: str) -> bytes | None:
-    """What config and index must say where the output is stored in a dtype of its own; None: what Instruct's say."""
+def _rewritten_files(plan: Plan) -> dict[str, bytes]:
+    """What config and index must say where the output is stored in a dtype of its own."""
     dtype = plan.options.output_dtype
-    if dtype == "auto" or name not in (CONFIG_FILE, INDEX_FILE):
-        return None
-    content = json.loads((plan.instruct / name).read_bytes())
-    if name == INDEX_FILE:
+    if dtype == "auto":
+        return {}
+    config = json.loads((plan.instruct / CONFIG_FILE).read_bytes())
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.update({key: dtype for key in ("torch_dtype", "dtype") if part.get(key) is not None})
+    if "dtype" not in config:
+        config["torch_dtype"] = dtype
+    files = {CONFIG_FILE: config}
+    if plan.checkpoint.is_sharded:
+        index = json.loads((plan.instruct / INDEX_FILE).read_bytes())
         weights = sum(shard.bytes - len(shard.header) for shard in plan.shards)
-        content["metadata"] = {**content.get("metadata", {}), "total_size": weights}
-        return json_bytes(content)
-    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
-        for key in ("torch_dtype", "dtype"):
-            if part.get(key) is not None:
-                part[key] = dtype
-    if "dtype" not in content:
-        content["torch_dtype"] = dtype
-    return json_bytes(content)
+        files[INDEX_FILE] = {**index, "metadata": {**(index.get("metadata") or {}), "total_size": weights}}
+    return {name: json.dumps(content, indent=2).encode() + b"\n" for name, content in files.items()}
 
 
 def _small_files(instruct: Path, *, with_index: bool) -> Iterator[str]:
@@ -264,7 +273,7 @@ def _is_carried(name: str, *, with_index: bool) -> bool:
         return with_index and name == INDEX_FILE
     if name.startswith(".") or name in _LEFT_BEHIND:
         return False
-    return name in _CARRIED_NAMES or Path(name).suffix in _CARRIED_SUFFIXES
+    return is_small_file(name)
 
 
 def describe(
@@ -284,16 +293,17 @@ def describe(
 
 
 def describe_sources(plan: Plan, provenance: Provenance, out: Path, *, hashed: bool) -> dict[str, Any]:
-    tensors = {"instruct": plan.checkpoint.tensors, **plan.bound.checkpoints}
     return {
-        role: provenance.describe(role, folder, tensors[role], out, hashed=hashed)
+        role: provenance.describe(role, folder, plan.weight_files(role), out, hashed=hashed)
         for role, folder in plan.sources.items()
     }
 
 
-def _fingerprints(plan: Plan, role: str) -> list[Any]:
-    tensors = plan.checkpoint.tensors if role == "instruct" else plan.bound.checkpoints[role]
-    return [fingerprint(plan.sources[role] / file) for file in sorted({info.file for info in tensors.values()})]
+def _fingerprints(folder: Path) -> list[Any]:
+    """Of all that can decide what is made of it: weights, indexes, configs."""
+    if not folder.is_dir():
+        return []
+    return [fingerprint(path) for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".json")]
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -91,13 +91,16 @@ def plan_shards(
 ) -> list[Shard]:
     """One shard for each of Instruct's, in their order."""
     return [
-        _shard(file, infos, reader, bound, scale=scale, output_dtype=output_dtype) for file, infos in _files(checkpoint)
+        _shard(file, infos, reader, bound, scale=scale, output_dtype=output_dtype)
+        for file, infos in _files(checkpoint).items()
     ]
 
 
 def plan_difference(checkpoint: Checkpoint, bound: BoundDelta, stem: str) -> list[Shard]:
     """The delta itself as float32: every tensor that the delta knows, in base's shards under the name `stem`."""
-    files = [(file, [info for info in infos if info.name in bound.grafted]) for file, infos in _files(checkpoint)]
+    files = [
+        (file, [info for info in infos if info.name in bound.grafted]) for file, infos in _files(checkpoint).items()
+    ]
     files = [(file, infos) for file, infos in files if infos]
     shards = []
     for number, (_, infos) in enumerate(files, start=1):
@@ -122,10 +125,12 @@ def make_header(tensors: list[tuple[TensorInfo, str]], metadata: dict[str, str])
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
-def _files(checkpoint: Checkpoint) -> Iterator[tuple[str, list[TensorInfo]]]:
-    for file in checkpoint.files:
-        infos = (info for info in checkpoint.tensors.values() if info.file == file)
-        yield file, sorted(infos, key=lambda info: (info.start, info.end))
+def _files(checkpoint: Checkpoint) -> dict[str, list[TensorInfo]]:
+    """Each file's tensors in the order of their bytes."""
+    files: dict[str, list[TensorInfo]] = {}
+    for info in checkpoint.tensors.values():
+        files.setdefault(info.file, []).append(info)
+    return {file: sorted(infos, key=lambda info: (info.start, info.end)) for file, infos in files.items()}
 
 
 def _shard(
@@ -161,8 +166,7 @@ def _output(info: TensorInfo, output_dtype: OutputDtype) -> str:
 def _fates(info: TensorInfo, dtype: str, bound: BoundDelta, scale: float) -> list[tuple[Fate, int, int, bool]]:
     """Fate, first and last element, and whether a delta is left out, of each run of the tensor's elements."""
     kept: Fate = "copy" if dtype == info.dtype else "convert"
-    known = bound.grafted.keys() | bound.discarded.keys()
-    if info.name not in known or scale == 0:
+    if scale == 0 or (info.name not in bound.grafted and info.name not in bound.discarded):
         return [(kept, 0, info.elements, False)]
     columns = info.elements // info.shape[0] if info.shape and info.shape[0] else 0
     common = bound.common_rows[info.name] * columns if info.name in bound.common_rows else info.elements

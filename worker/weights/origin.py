@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.checkpoints import TensorInfo
+from core.checkpoints import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from worker.weights.files import MANIFEST_FILE, sha256_of
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LENGTH_BYTES = 8
+_SAMPLES, _SAMPLE_BYTES = 64, 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -34,40 +35,57 @@ class Provenance:
     #: Also where the folders lie, seen from the output: for `verify` on the same machine.
     keep_paths: bool = False
 
-    def describe(
-        self, role: str, folder: Path, tensors: Mapping[str, TensorInfo], out: Path, *, hashed: bool
-    ) -> dict[str, Any]:
+    def describe(self, role: str, folder: Path, weights: list[str], out: Path, *, hashed: bool) -> dict[str, Any]:
+        """`weights` are the names of the safetensors files that are read."""
         origin = self.names.get(role) or Origin(folder.resolve().name)
         path = {"path": os.path.relpath(folder.resolve(), out.resolve())} if self.keep_paths else {}
-        files = sorted({info.file for info in tensors.values()})
+        configs = {file: describe_config(folder / file) for file in config_files(folder)}
         return {
             "name": origin.name,
             "revision": origin.revision,
             **path,
-            "files": {file: describe_file(folder / file, hashed=hashed) for file in files},
+            "files": configs | {file: describe_weights(folder / file, hashed=hashed) for file in weights},
         }
 
 
-def describe_file(path: Path, *, hashed: bool) -> dict[str, Any]:
-    """Size, the header's hash, and the whole file's where it is on record or (`hashed`) asked for."""
-    recorded = _recorded(path)
+def config_files(folder: Path) -> list[str]:
+    """What says how the weights are to be read."""
+    return [file for file in (CONFIG_FILE, ADAPTER_CONFIG_FILE) if (folder / file).is_file()]
+
+
+def describe_weights(path: Path, *, hashed: bool) -> dict[str, Any]:
+    """Size, hashes of header and samples, and the whole file's hash where it is on record or (`hashed`) asked for."""
     return {
         "bytes": path.stat().st_size,
         "header_sha256": hashlib.sha256(_header(path)).hexdigest(),
-        "sha256": sha256_of(path) if hashed and recorded is None else recorded,
+        "sampled_sha256": sampled_sha256(path),
+        "sha256": _blob_sha256(path) or (sha256_of(path) if hashed else _manifest_sha256(path)),
     }
 
 
+def describe_config(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def sampled_sha256(path: Path) -> str:
+    """Of the size and of 64 pieces of 64 KiB, evenly spread; of a smaller file, of all.
+
+    Enough to tell two checkpoints apart, in which training has moved every weight, without reading them.
+    """
+    size = path.stat().st_size
+    taken = hashlib.sha256(size.to_bytes(_LENGTH_BYTES, "little"))
+    step = max(_SAMPLE_BYTES, size // _SAMPLES)
+    with path.open("rb") as file:
+        for start in range(0, size, step):
+            file.seek(start)
+            taken.update(file.read(_SAMPLE_BYTES))
+    return taken.hexdigest()
+
+
 def fingerprint(path: Path) -> list[Any]:
-    """What changes when the file does, without reading it: enough to know that a draft's sources are the same."""
+    """What changes when the file does, without reading it. Not ctime, which another link to the file changes too."""
     status = path.stat()
-    return [
-        path.name,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-        hashlib.sha256(_header(path)).hexdigest(),
-    ]
+    return [path.name, status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _header(path: Path) -> bytes:
@@ -76,13 +94,16 @@ def _header(path: Path) -> bytes:
         return length + file.read(int.from_bytes(length, "little"))
 
 
-def _recorded(path: Path) -> str | None:
-    """A hash taken when the file came here: the Hub's cache names its blobs so, and our folders have a manifest."""
+def _blob_sha256(path: Path) -> str | None:
+    """The Hub's cache names its blobs by the hash that was checked when they came."""
     blob = path.resolve().name
-    if path.is_symlink() and _SHA256.fullmatch(blob):
-        return blob
+    return blob if path.is_symlink() and _SHA256.fullmatch(blob) else None
+
+
+def _manifest_sha256(path: Path) -> str | None:
+    """Folders of ours have a manifest; it counts for files that were not touched since."""
     manifest = path.with_name(MANIFEST_FILE)
-    if not manifest.exists():
+    if not manifest.exists() or path.stat().st_mtime_ns > manifest.stat().st_mtime_ns:
         return None
     try:
         record = json.loads(manifest.read_bytes())["files"][path.name]

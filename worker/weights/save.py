@@ -49,11 +49,13 @@ def save_delta(
         recipe = plan.recipe(Tally(), measure=True)
         shards = plan_difference(plan.checkpoint, plan.bound, DELTA_STEM)
         records = write_shards(recipe, shards, draft, threads=None, hashed=True, on_progress=on_progress).records
+        draft.keep_only(records)
         records[CONFIG_FILE] = copy_file(base / CONFIG_FILE, draft.folder / CONFIG_FILE)
         if len(shards) > 1:
             records[DELTA_INDEX_FILE] = write_json(draft.folder / DELTA_INDEX_FILE, _index(shards))
         description = _describe(plan, provenance, out)
         records[DELTA_DESCRIPTION] = write_json(draft.folder / DELTA_DESCRIPTION, description)
+        plan.refuse_changed_sources()
         written = write_manifest(draft.folder, records)
     return DeltaResult(tensors=len(plan.bound.grafted), bytes=written, seconds=time.monotonic() - started)
 

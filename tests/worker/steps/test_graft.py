@@ -132,7 +132,7 @@ def test_the_owner_reads_how_much_of_the_change_is_kept(tmp_path, std, level):
     assert "of the learned change" in note.message
     assert "Scope and patterns had left out" in note.message  # the embedding and the norm were tuned as well
     assert (note.data["fidelity"] < 0.9) == (level == "warn")
-    assert ("output_dtype float32" in note.message) == (level == "warn")
+    assert ("an output in float32" in note.message) == (level == "warn")
 
 
 def test_a_training_that_left_no_change_is_told(tmp_path):

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from core.errors import ShadowError
+from core.errors import InvalidInput, PairRefused, ShadowError
 from core.graft_plan import Selection
 from tests.worker.weights.children import (
     graft_and_wait,
@@ -27,8 +29,10 @@ from tests.worker.weights.children import (
     start_child,
 )
 from tests.worker.weights.families import Layout, Recipe, Sizes
-from tests.worker.weights.made_checkpoints import all_bytes
-from worker.weights import FullDelta, GraftResult, graft
+from tests.worker.weights.made_checkpoints import all_bytes, save_model
+from worker.weights import FullDelta, GraftResult, LoraDelta, graft, verify
+from worker.weights.graft import planned
+from worker.weights.save import WHOLE
 
 SOURCES = {"base", "tuned", "instruct"}
 RECIPE = Recipe(sizes=Sizes(16, 24, 8, 64, layers=3), layouts=(Layout(2), Layout(), Layout(5)))
@@ -258,3 +262,86 @@ def test_a_place_that_cannot_be_written_is_said(pair):
     with pytest.raises((ShadowError, OSError)):
         run(pair, out=pair / "file" / "out")
     assert names(pair) == SOURCES | {"file"}
+
+
+# --- what changes under way -------------------------------------------------------------------------------------------
+
+
+def test_an_adapters_config_is_a_part_of_what_is_resumed(pair, tmp_path):
+    """The factors are the same, and mean another change."""
+    adapter = lora(pair / "adapter", alpha=8)
+    changed = {"delta": LoraDelta(adapter)}
+    assert run_child(graft_until_killed, 0.5, options(pair, **changed)) == -signal.SIGKILL
+    lora(pair / "adapter", alpha=64)
+    result = run(pair, **changed)
+    assert result.resumed_shards == 0
+    assert not verify(pair / "out", sources={"instruct": pair / "instruct", "adapter": adapter}).problems
+
+
+def lora(folder: Path, *, alpha: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]
+    shapes = {"A": (2, RECIPE.sizes.hidden), "B": (RECIPE.sizes.hidden, 2)}
+    factors = {
+        f"base_model.model.{name}.lora_{side}.weight": torch.full(shape, 0.01)
+        for name in names
+        for side, shape in shapes.items()
+    }
+    save_file(factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": alpha}))
+    return folder
+
+
+def test_a_source_that_changes_under_way_ends_the_graft(pair):
+    def replace(done: int, total: int) -> None:
+        weights = next((pair / "tuned").glob("*.safetensors"))
+        weights.with_suffix(".new").write_bytes(weights.read_bytes())
+        weights.with_suffix(".new").rename(weights)
+
+    with pytest.raises(InvalidInput, match="The tuned model in tuned was changed while it was read"):
+        run(pair, on_progress=replace)
+    assert names(pair) == SOURCES
+
+
+def test_a_small_file_that_is_gone_is_not_taken_from_the_draft(pair):
+    template = pair / "instruct" / "chat_template.jinja"
+    template.write_text("old")
+    assert run_child(graft_until_killed, 1.0, options(pair)) == -signal.SIGKILL
+    (pair / ".out.graft" / "folder" / template.name).write_text("old")
+    run(pair)
+    assert (pair / "out" / template.name).exists()
+    template.unlink()
+    (pair / "out").rename(pair / "first")
+    assert run_child(graft_until_killed, 1.0, options(pair)) == -signal.SIGKILL
+    (pair / ".out.graft" / "folder" / template.name).write_text("old")
+    run(pair)
+    assert not (pair / "out" / template.name).exists()
+
+
+def test_a_late_refusal_leaves_no_folder_on_the_way(pair):
+    far = pair / "new" / "below" / "out"
+    with pytest.raises(InvalidInput, match="not a finite number"):
+        run(pair, out=far, scale=1e300)
+    assert names(pair) == SOURCES
+
+
+def test_one_folder_as_base_and_tuned_is_refused(pair):
+    same = FullDelta(base=pair / "base", tuned=pair / "base")
+    with pytest.raises(PairRefused, match="no change to graft"):
+        run(pair, delta=same)
+    assert names(pair) == SOURCES
+
+
+def test_twenty_thousand_tensors_are_planned_in_the_time_of_their_number(tmp_path):
+    """Twice the tensors take about twice as long, and not four times; the time is the yardstick of itself."""
+    took = [planning_seconds(tmp_path / str(count), count) for count in (4000, 16000)]
+    assert took[1] < 10 * took[0]
+
+
+def planning_seconds(folder: Path, count: int) -> float:
+    shapes = {f"model.layers.{n}.self_attn.q_proj.weight": torch.zeros(1, 2) for n in range(count)}
+    for role in SOURCES:
+        save_model(folder / role, shapes)
+    started = time.process_time()
+    with planned(folder / "instruct", FullDelta(folder / "base", folder / "tuned"), WHOLE):
+        return time.process_time() - started

@@ -169,3 +169,34 @@ def test_a_graft_without_figures_has_the_same_weights(tmp_path):
     run(tmp_path, measure=False, hashes=False, out=tmp_path / "bare")
     measured, bare = (load_model(tmp_path / each) for each in ("out", "bare"))
     assert all(torch.equal(measured[name], bare[name]) for name in measured)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-5, 1e-7, 1e-9, -1e-9])
+def test_an_update_below_the_last_place_of_float32_is_no_kept_one(tmp_path, scale):
+    """The sum itself is rounded before it is stored: what that takes is lost too."""
+    torch.manual_seed(0)
+    base = torch.randn(64, 64).mul_(0.02).bfloat16()
+    models = Models({Q: base}, {Q: base.float() + 1e-3 * torch.randn(64, 64)}, {Q: (base * 1.01).bfloat16()})
+    for role, tensors in zip(models._fields, models, strict=True):
+        save_model(tmp_path / role, tensors)
+    result = run(tmp_path, scale=scale)
+    plain = Plain.of(models, load_model(tmp_path / "out"), Q, scale)
+    assert result.fidelity == pytest.approx(fidelity([plain]), abs=1e-6)
+    assert result.fidelity > -1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-170, -1e-320, 1e39, 1e200])
+def test_any_finite_scale_of_no_change_gives_instruct(tmp_path, scale):
+    kept = torch.tensor([[1.0, -0.0], [3e38, 1e-40]]).bfloat16()
+    save_model(tmp_path / "instruct", {Q: kept})
+    for role in ("base", "tuned"):
+        save_model(tmp_path / role, {Q: torch.ones(2, 2)})
+    result = run(tmp_path, scale=scale)
+    assert (result.grafted, result.fidelity) == (0, 1.0)
+    assert torch.equal(load_model(tmp_path / "out")[Q].view(torch.int16), kept.view(torch.int16))
+
+
+def test_at_scale_zero_no_share_was_looked_at(tmp_path):
+    for role, value in {"instruct": 1.0, "base": 1.0, "tuned": 2.0}.items():
+        save_model(tmp_path / role, {Q: torch.full((2, 2), value)})
+    assert run(tmp_path, scale=0.0).discarded_share is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +296,27 @@ def test_single_elements_without_an_update_keep_their_bits(tmp_path):
     assert same_bits(out[:, :3], kept[:, :3])
     assert out[:, 3].tolist() == [2.0] * 4
     assert (result.grafted, result.fidelity) == (1, 1.0)
+
+
+def test_another_dtype_is_written_into_odd_configs_too(pair):
+    """Python's JSON has words for numbers that JSON lacks, and configs in the wild use them."""
+    for file, content in {
+        "config.json": {"time_step_limit": [0.0, float("inf")], "vision_config": {"dtype": "bfloat16"}},
+        "model.safetensors.index.json": {"metadata": None},
+    }.items():
+        path = pair / "instruct" / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    run(pair, output_dtype="float32")
+    config = json.loads((pair / "out" / "config.json").read_text())
+    assert (config["vision_config"]["dtype"], config["time_step_limit"][1]) == ("float32", math.inf)
+    assert load_model(pair / "out")[Q].dtype == torch.float32
+
+
+def test_shadow_json_tells_checkpoints_apart_without_reading_them_whole(pair):
+    run(pair)
+    sources = json.loads((pair / "out" / "shadow.json").read_text())["sources"]
+    sampled = {
+        role: json.dumps(source["files"]["model.safetensors"]) for role, source in sources.items() if role != "instruct"
+    }
+    assert len(set(sampled.values())) == 2
+    assert all("sampled_sha256" in text for text in sampled.values())
