@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,6 +245,24 @@ def test_one_changed_byte_is_found_and_named(pair, shadowft, place):
     ]
 
 
+def test_a_result_that_does_not_say_where_its_sources_lie_is_checked_by_its_files(pair, shadowft):
+    """As every published one."""
+    library(pair)
+    done = shadowft("--verify", "expected")
+    assert done.status == 0
+    assert "expected is as it was made." in done.out
+    assert "none made again" in done.out
+    assert done.err.startswith("shadowft: No tensor was made again: ")
+    assert "--instruct FOLDER --base FOLDER --tuned FOLDER" in done.err
+    assert json.loads(shadowft("--verify", "expected", "--json").out)["unmade"] in done.err
+    for more in (("--all",), ("--base", "base", "--instruct", "instruct")):
+        refused = shadowft("--verify", "expected", *more)
+        assert (refused.status, refused.out) == (1, "")
+        assert "is not told" in refused.err
+    given = ("--base", "base", "--tuned", "tuned", "--instruct", "instruct")
+    assert (shadowft("--verify", "expected", *given).err, shadowft("--verify", "expected", *given).status) == ("", 0)
+
+
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 
@@ -418,7 +437,8 @@ def test_ctrl_c_before_a_file_is_finished_leaves_nothing_at_all(tmp_path, monkey
     name = "model.layers.0.mlp.down_proj.weight"
     save_model(tmp_path / "model", {name: torch.ones(8000, 8000, dtype=torch.bfloat16)})
     parts = (tmp_path / ".out.graft" / "folder").glob
-    same = ("--base", "model", "--tuned", "model", "--instruct", "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "tuned", copy_function=os.link)
+    same = ("--base", "model", "--tuned", "tuned", "--instruct", "model")
     done = interrupt_when(lambda: parts("*.part"), *same, "--out", "out", "--threads", "1")
     assert (done.status, done.err) == (130, "shadowft: stopped. Nothing was written.\n")
-    assert names(tmp_path) == {"model"}
+    assert names(tmp_path) == {"model", "tuned"}

@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from core.checkpoints import DELTA_STEM
 from core.errors import InvalidInput
-from core.graft_plan import Scope, Selection
+from core.graft_plan import Selection
 from worker.weights.delta import Delta, FullDelta, LoraDelta, SavedDelta
 from worker.weights.figures import Tally
 from worker.weights.files import MANIFEST_FILE, json_bytes, sha256_of
@@ -159,10 +159,12 @@ def _manifest_fault(content: Any) -> str | None:
     files = content.get("files")
     if not isinstance(files, dict):
         return "it names no files"
-    return next(
-        (f"the entry of {reprlib.repr(name)} is odd" for name in files if not _is_entry(name, files[name], {"sha256"})),
-        None,
-    )
+    odd = next((name for name, entry in files.items() if not _is_record(name, entry)), None)
+    return None if odd is None else f"what it says of {reprlib.repr(odd)} is odd"
+
+
+def _is_record(name: str, entry: Any) -> bool:
+    return _is_entry(name, entry) and entry.keys() == {"bytes", "sha256"}
 
 
 def _damaged(message: str, code: str) -> InvalidInput:
@@ -255,16 +257,15 @@ def _is_source(source: Any) -> bool:
         and isinstance(source.get("name"), str)
         and isinstance(source.get("path", ""), str)
         and isinstance(source.get("files"), dict)
-        and all(_is_entry(name, entry, set()) for name, entry in source["files"].items())
+        and all(_is_entry(name, entry) for name, entry in source["files"].items())
     )
 
 
-def _is_entry(name: str, entry: Any, needed: set[str]) -> bool:
+def _is_entry(name: str, entry: Any) -> bool:
     """A file within its folder, its bytes, and its hashes."""
     return (
         _is_inside(name)
         and isinstance(entry, dict)
-        and needed <= entry.keys()
         and type(entry.get("bytes")) is int
         and 0 <= entry["bytes"] < 2**63
         and all(_is_hash(value) for key, value in entry.items() if key.endswith("sha256"))
@@ -295,7 +296,7 @@ def _are_patterns(value: Any) -> bool:
 _OPTIONS: dict[str, Callable[[Any], bool]] = {
     "delta": lambda value: value in list(_ROLES),
     "scale": _is_scale,
-    "scope": lambda value: value in get_args(Scope),
+    "scope": lambda value: value in ("linear", "all"),
     "include": _are_patterns,
     "exclude": _are_patterns,
     "output_dtype": lambda value: value in get_args(OutputDtype),
@@ -372,7 +373,7 @@ def _source_problems(
 
 def _source_problem(path: Path, entry: dict[str, Any], *, everything: bool) -> str | None:
     if not _is_file(path):
-        return f"is missing in {path.parent}"
+        return "is missing"
     try:
         other = _difference(path, entry, everything=everything)
     except OSError as error:
@@ -384,7 +385,7 @@ def _difference(path: Path, entry: dict[str, Any], *, everything: bool) -> str |
     """What differs from the record. Weights are read whole only for `everything`; configs are small."""
     if path.stat().st_size != entry["bytes"]:
         return "size"
-    looks = {"header_sha256": ("header", _header_sha256), "sampled_sha256": ("sample", sampled_sha256)}
+    looks = {"header_sha256": ("header", _header_sha256), "sampled_sha256": ("content", sampled_sha256)}
     if everything or "header_sha256" not in entry:
         looks["sha256"] = ("sha256", sha256_of)
     return next(
