@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -48,47 +46,50 @@ class Reader:
 
     def bytes_into(self, view: memoryview, file: str, start: int) -> None:
         """Fill `view` with the file's bytes from `start`. InvalidInput: the file has been cut since it was planned."""
-        descriptor = self._descriptor(file)
-        done = 0
-        with self._named(file):
+        descriptor = self._descriptors.get(file) or self._open(file)
+        try:
+            done = os.preadv(descriptor, [view], start)
             while done < len(view):
                 count = os.preadv(descriptor, [view[done:]], start + done)
                 if count == 0:
-                    raise InvalidInput(
-                        f"{self.folder.name}/{file} ends at byte {start + done}, in the middle of its weights",
-                        code="damaged_checkpoint",
-                        hint="Copy or download the file again.",
-                    )
+                    raise self._cut(file, start + done)
                 done += count
+        except OSError as error:
+            raise self._unreadable(file, error) from error
 
     def announce(self, info: TensorInfo, first: int, last: int) -> None:
         """Tell the system which elements are read next, so that a cold disk works ahead."""
+        descriptor = self._descriptors.get(info.file) or self._open(info.file)
         item = info.nbytes // info.elements
-        os.posix_fadvise(
-            self._descriptor(info.file), info.start + first * item, (last - first) * item, os.POSIX_FADV_WILLNEED
-        )
+        os.posix_fadvise(descriptor, info.start + first * item, (last - first) * item, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
 
-    def _descriptor(self, file: str) -> int:
-        with self._lock, self._named(file):
+    def _open(self, file: str) -> int:
+        with self._lock:
             if file not in self._descriptors:
-                self._descriptors[file] = os.open(self.folder / file, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    self._descriptors[file] = os.open(self.folder / file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise self._unreadable(file, error) from error
             return self._descriptors[file]
 
-    @contextmanager
-    def _named(self, file: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise Unavailable(
-                f"{self.folder.name}/{file} cannot be read ({error.strerror or error})",
-                code="source_unreadable",
-                hint="Look at the file's mode and at its disk.",
-            ) from error
+    def _cut(self, file: str, place: int) -> InvalidInput:
+        return InvalidInput(
+            f"{self.folder.name}/{file} ends at byte {place}, in the middle of its weights",
+            code="damaged_checkpoint",
+            hint="Copy or download the file again.",
+        )
+
+    def _unreadable(self, file: str, error: OSError) -> Unavailable:
+        return Unavailable(
+            f"{self.folder.name}/{file} cannot be read ({error.strerror or error})",
+            code="source_unreadable",
+            hint="Look at the file's mode and at its disk.",
+        )
 
 
 class Buffer:
