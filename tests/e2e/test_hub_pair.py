@@ -18,7 +18,8 @@ from tests import fake_hub
 from tests.e2e.conftest import Tiny, command_line
 from tests.servers import wait_until
 
-pytestmark = pytest.mark.xdist_group("e2e-hub")
+#: What fetching from a Hub must do is in tests/worker/test_inputs.py; this is the whole demo on top of it.
+pytestmark = [pytest.mark.xdist_group("e2e-hub"), pytest.mark.slow]
 
 INSTRUCT = "Qwen/Qwen3-0.6B"
 
