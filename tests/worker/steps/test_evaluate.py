@@ -21,7 +21,10 @@ from worker.steps import evaluate
 from worker.workspace import Workspace
 
 # PEFT 0.21 asks transformers 5.23 by a name that is going away.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.xdist_group("evaluate"),  # its models are made once
+]
 
 HELD_OUT, PROBE = (
     tiny.make_rows(12),
