@@ -57,7 +57,7 @@ def describe_weights(path: Path, *, hashed: bool) -> dict[str, Any]:
     """Size, hashes of header and samples, and the whole file's hash where it is on record or (`hashed`) asked for."""
     return {
         "bytes": path.stat().st_size,
-        "header_sha256": hashlib.sha256(_header(path)).hexdigest(),
+        "header_sha256": header_sha256(path),
         "sampled_sha256": sampled_sha256(path),
         "sha256": _blob_sha256(path) or (sha256_of(path) if hashed else _manifest_sha256(path)),
     }
@@ -88,10 +88,12 @@ def fingerprint(path: Path) -> list[Any]:
     return [path.name, status.st_size, status.st_mtime_ns, status.st_ino]
 
 
-def _header(path: Path) -> bytes:
+def header_sha256(path: Path) -> str:
+    """Of a safetensors file's header; of a file that is none, of as much as its first bytes would ask for."""
     with path.open("rb") as file:
         length = file.read(_LENGTH_BYTES)
-        return length + file.read(int.from_bytes(length, "little"))
+        asked = min(int.from_bytes(length, "little"), path.stat().st_size)
+        return hashlib.sha256(length + file.read(asked)).hexdigest()
 
 
 def _blob_sha256(path: Path) -> str | None:

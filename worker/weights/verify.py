@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -23,11 +22,11 @@ from worker.weights.figures import Tally
 from worker.weights.files import MANIFEST_FILE, json_bytes, sha256_of
 from worker.weights.graft import SHADOW_FILE, Options, planned
 from worker.weights.layout import OutputDtype, Shard, plan_difference
-from worker.weights.origin import sampled_sha256
+from worker.weights.origin import header_sha256, sampled_sha256
 from worker.weights.recipe import Recipe
 from worker.weights.save import DELTA_DESCRIPTION, WHOLE
 from worker.weights.tensors import Reader, Scratch
-from worker.weights.writing import BLOCK_BYTES
+from worker.weights.writing import BLOCK_BYTES, OnProgress
 
 #: Tensors made again where not all are asked for.
 SAMPLE = 16
@@ -45,10 +44,6 @@ _ROLES = {
     "delta": ({"instruct", "delta"},),
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_LENGTH_BYTES = 8
-
-#: Bytes looked at, bytes in all.
-OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -385,20 +380,12 @@ def _difference(path: Path, entry: dict[str, Any], *, everything: bool) -> str |
     """What differs from the record. Weights are read whole only for `everything`; configs are small."""
     if path.stat().st_size != entry["bytes"]:
         return "size"
-    looks = {"header_sha256": ("header", _header_sha256), "sampled_sha256": ("content", sampled_sha256)}
+    looks = {"header_sha256": ("header", header_sha256), "sampled_sha256": ("content", sampled_sha256)}
     if everything or "header_sha256" not in entry:
         looks["sha256"] = ("sha256", sha256_of)
     return next(
         (word for key, (word, look) in looks.items() if entry.get(key) is not None and look(path) != entry[key]), None
     )
-
-
-def _header_sha256(path: Path) -> str:
-    """Of a safetensors file, or of whatever lies in its place."""
-    with path.open("rb") as file:
-        length = file.read(_LENGTH_BYTES)
-        header = file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
-        return hashlib.sha256(length + header).hexdigest()
 
 
 def _shard_problems(records: dict[str, Any], shards: list[Shard]) -> Iterator[str]:

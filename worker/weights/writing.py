@@ -151,7 +151,8 @@ class _Work:
     def _all_blocks(self, shards: list[Shard], folder: Path, hashed: bool) -> Iterator[tuple[ShardFile, int, int, int]]:
         for shard in shards:
             blocks = shard.blocks(BLOCK_BYTES)
-            file = self._open[shard.file] = ShardFile(shard, folder / shard.file, blocks, hashed=hashed)
+            file = self._open[shard.file] = ShardFile(shard, folder / shard.file, len(blocks), hashed=hashed)
+            file.open(direct=all(start % ALIGNMENT == 0 for start, _ in blocks))
             for number, (start, end) in enumerate(blocks):
                 yield file, number, start, end
 
@@ -159,14 +160,19 @@ class _Work:
 class ShardFile:
     """A file that is written in blocks, by any thread, and hashed in their order."""
 
-    def __init__(self, shard: Shard, path: Path, blocks: list[tuple[int, int]], *, hashed: bool) -> None:
+    def __init__(self, shard: Shard, path: Path, blocks: int, *, hashed: bool) -> None:
         self.shard = shard
         self._path, self._part = path, path.with_name(f"{path.name}.part")
         self._hash = hashlib.sha256() if hashed else None
         self._turn = threading.Condition()
-        self._blocks, self._finished = len(blocks), 0
-        self._descriptor = self._open(direct=all(start % ALIGNMENT == 0 for start, _ in blocks))
-        os.posix_fallocate(self._descriptor, 0, shard.bytes)  # a full disk is told of here, and not after an hour
+        self._blocks, self._finished = blocks, 0
+        self._descriptor = -1
+        self._direct = False
+
+    def open(self, *, direct: bool) -> None:
+        """Make the file at its full size: a full disk is told of here, and not after an hour."""
+        self._descriptor = self._create(direct=direct)
+        os.posix_fallocate(self._descriptor, 0, self.shard.bytes)
 
     def write(self, number: int, start: int, buffer: memoryview, count: int, stop: threading.Event) -> bool:
         """Write the first `count` bytes of `buffer` as block `number`; whether it was the last one to come.
@@ -200,16 +206,17 @@ class ShardFile:
             os.close(self._descriptor)
         self._part.unlink(missing_ok=True)
 
-    def _open(self, *, direct: bool) -> int:
-        self._direct = direct
+    def _create(self, *, direct: bool) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         if direct:
             try:
-                return os.open(self._part, flags | os.O_DIRECT, _MODE)
+                descriptor = os.open(self._part, flags | os.O_DIRECT, _MODE)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # what a file system answers that has no direct writes
                     raise
-        self._direct = False
+            else:
+                self._direct = True
+                return descriptor
         return os.open(self._part, flags, _MODE)
 
     def _pwrite(self, view: memoryview, start: int) -> None:
