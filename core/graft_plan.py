@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import dropwhile
@@ -166,6 +166,13 @@ def plan_graft(
         common_rows=lineage.common_rows(),
         remarks=(*lineage.remarks(), *lineage.vocabulary_remarks(grafted)),
     )
+
+
+def plan_saved(instruct: Checkpoint, delta: Checkpoint, *, selection: Selection = Selection()) -> GraftPlan:
+    """`plan_graft` for a delta that was saved as files: it holds float tensors alone. PairRefused: as there."""
+    floats = {name: info for name, info in instruct.tensors.items() if info.is_float}
+    comparable = replace(instruct, tensors=floats)
+    return plan_graft(comparable, delta, selection=selection, words=("instruct", "the delta"))
 
 
 def is_linear(name: str) -> bool:

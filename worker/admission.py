@@ -25,7 +25,7 @@ from core.broker import nudge
 from core.checkpoints import Checkpoint, read_adapter, read_checkpoint, read_delta, read_hub_checkpoint
 from core.errors import Cause, InvalidInput, PairRefused, ShadowError
 from core.estimate import GRAFT_BYTES, comparing_memory_bytes, training_memory_bytes
-from core.graft_plan import GraftPlan, Selection, is_linear, plan_graft, smallest_linear_dimension
+from core.graft_plan import GraftPlan, Selection, is_linear, plan_graft, plan_saved, smallest_linear_dimension
 from core.hub import pin
 from core.job_spec import (
     DataSource,
@@ -359,9 +359,7 @@ def plan_delta(
         try:
             if delta.kind == "adapter":
                 return plan_adapter(instruct, read_adapter(folder), base, selection=selection).remarks
-            return plan_graft(
-                instruct, read_delta(folder), selection=selection, words=("instruct", "the delta")
-            ).remarks
+            return plan_saved(instruct, read_delta(folder), selection=selection).remarks
         except PairRefused as error:
             raise PairRefused(error.reasons, param="target") from None
 

@@ -16,6 +16,7 @@ from core.graft_plan import (
     Selection,
     is_linear,
     plan_graft,
+    plan_saved,
     smallest_linear_dimension,
     vocabulary_size,
 )
@@ -52,6 +53,13 @@ def model(
 
 def prefixed(prefix: str) -> dict[str, tuple[int, ...]]:
     return {f"{prefix}{name}": shape for name, shape in SHAPES.items()}
+
+
+def test_a_saved_delta_lacks_integers_and_is_not_blamed_for_it():
+    instruct = model()
+    ids = TensorInfo("model.position_ids", "I64", (4,), "model.safetensors", 0, 0)
+    with_ids = Checkpoint("made", instruct.config, instruct.tensors | {ids.name: ids})
+    assert plan_saved(with_ids, model(), selection=Selection("all")).grafted.keys() == SHAPES.keys()
 
 
 def reasons_of(instruct: Checkpoint, base: Checkpoint, selection: Selection = Selection()) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from core.adapter_plan import AdapterPlan, LowRank, Replacement, plan_adapter
 from core.checkpoints import Checkpoint, TensorInfo, read_adapter, read_checkpoint, read_delta
 from core.errors import PairRefused
-from core.graft_plan import GraftPlan, Selection, listed, plan_graft
+from core.graft_plan import GraftPlan, Selection, listed, plan_graft, plan_saved
 from worker.weights import tensors
 from worker.weights.arithmetic import Change
 from worker.weights.tensors import Buffer, Reader, Scratch
@@ -173,9 +173,7 @@ class SavedDelta:
 
     def bind(self, instruct: Checkpoint, reader: Reader, selection: Selection) -> BoundDelta:
         delta = read_delta(self.folder)
-        floats = {name: info for name, info in instruct.tensors.items() if info.is_float}  # a delta has no others
-        comparable = replace(instruct, tensors=floats)
-        plan = plan_graft(comparable, delta, selection=selection, words=("instruct", "the delta"))
+        plan = plan_saved(instruct, delta, selection=selection)
         saved = Reader(self.folder)
 
         def change(other: str) -> SavedChange:
