@@ -65,6 +65,8 @@ class Part:
 
     name: str
     arguments: list[str]
+    #: Variables that it has no business to know.
+    withheld: frozenset[str] = frozenset()
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     start_at: float = 0.0
@@ -72,8 +74,9 @@ class Part:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "cli", *self.arguments]
+        environment = {name: value for name, value in os.environ.items() if name not in self.withheld}
         # A group of its own, so that Ctrl-C reaches only this supervisor, which then stops them in order.
-        self.process = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent())
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent())
         self.started = time.monotonic()
 
     def watch(self) -> None:
@@ -136,7 +139,7 @@ def _serve(settings: Settings) -> int:
     log.info("serving", url=f"http://{settings.host}:{settings.port}", docs="/docs", data=str(settings.data_dir))
     return Supervisor(
         [
-            Part("api", ["api"]),
+            Part("api", ["api"], withheld=frozenset({"HF_TOKEN"})),  # it fetches no model
             Part("worker jobs", ["worker", "--queue", "jobs"]),
             Part("worker light", ["worker", "--queue", "light"]),
         ]

@@ -31,6 +31,10 @@ class Settings(BaseSettings):
     model_roots: Annotated[tuple[Path, ...], NoDecode] = ()
 
     max_file_bytes: int = 512 * MEBIBYTE
+    #: Of one file that comes by parts.
+    max_upload_bytes: int = 8 * GIBIBYTE
+    #: What a team's files, pending parts and artifacts may take together; empty means no limit.
+    team_storage_bytes: int | None = None
     max_json_bytes: int = MEBIBYTE
 
     #: A worker that has not renewed its lease for this long has lost its job.
@@ -51,6 +55,14 @@ class Settings(BaseSettings):
     #: Memory that one job may use in this worker's lane; empty means the device's own, less a reserve.
     lane_memory_bytes: int | None = None
 
+    #: Bytes that the cache of models may hold; beyond them the longest unused go. Empty means no limit: nothing goes.
+    model_cache_bytes: int | None = None
+    #: Bytes of the cache's disk that a download leaves free.
+    model_cache_reserve_bytes: int = 2 * GIBIBYTE
+
+    #: Opens `/metrics`, and nothing else, to other machines; empty keeps it to this one.
+    metrics_token: SecretStr = SecretStr("")
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["console", "json"] = "console"
 
@@ -66,7 +78,7 @@ class Settings(BaseSettings):
             return value
         return tuple(Path(part.strip()).expanduser().resolve() for part in value.split(",") if part.strip())
 
-    @field_validator("lane_memory_bytes", mode="before")
+    @field_validator("lane_memory_bytes", "team_storage_bytes", "model_cache_bytes", mode="before")
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return None if value == "" else value

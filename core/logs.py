@@ -33,7 +33,7 @@ def configure_logging(settings: Settings) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(settings.log_level.upper())
-    for name in ("httpx", "kombu", "amqp", "alembic", "celery.worker.strategy", "celery.app.trace"):
+    for name in ("httpx", "httpx2", "kombu", "amqp", "alembic", "celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

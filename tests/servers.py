@@ -30,6 +30,7 @@ import psycopg
 import pytest
 import redis
 import uvicorn
+from fastapi import FastAPI
 from sqlalchemy.engine import make_url
 
 from api.app import create_app
@@ -264,6 +265,7 @@ class Api:
     database: Database
     #: As the admin, of the team `default`.
     http: httpx.Client
+    app: FastAPI
 
     def member(self, *, is_admin: bool = False) -> Member:
         """A new team with a key."""
@@ -292,7 +294,7 @@ def run_api(settings: Settings) -> Iterator[Api]:
             headers = {"authorization": f"Bearer {admin_key}"}
             with httpx.Client(base_url=url, headers=headers, timeout=30, verify=PLAIN) as http:
                 wait_until(lambda: server.started)
-                yield Api(url, port, admin_key, settings, database, http)
+                yield Api(url, port, admin_key, settings, database, http, app)
         finally:
             server.should_exit = True
             thread.join()

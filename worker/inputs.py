@@ -6,32 +6,32 @@ Models come from one cache that all jobs of this machine share; a workspace hold
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import structlog
-from huggingface_hub import snapshot_download
-
-from core.checkpoints import NOT_SMALL_FILE_PATTERNS, SMALL_FILE_PATTERNS
 from core.config import Settings
-from core.errors import Cause, InvalidInput, StepFailed, Unavailable
-from core.hub import hub_errors
+from core.errors import Cause, InvalidInput, StepFailed
 from core.job_spec import DataSource, DeltaFile, DeltaSource, JobSpec, ModelSource
+from core.pairs import checked_source
 from core.storage import COPY_BYTES, Storage
+from worker.model_cache import make_cache
 from worker.workspace import Workspace, write_durably
 
-#: Nothing else of a repository is ever fetched: no pickles, no code.
-MODEL_FILES = ["*.safetensors", *SMALL_FILE_PATTERNS]
-#: Weights in other layouts that lie beside the shards, the model's card, and whatever lies in folders.
-NOT_MODEL_FILES = [*NOT_SMALL_FILE_PATTERNS, "consolidated*", "adapter_*", "README.md", "*/*"]
 
-#: Between two looks at the lease while a model is downloaded.
-CHECK_SECONDS = 0.5
+@contextmanager
+def holding_models(spec: JobSpec, settings: Settings) -> Iterator[None]:
+    """While this is open, nothing that the job reads is removed from the models' cache."""
+    cache = make_cache(settings)
+    with ExitStack() as held:
+        for source in _models(spec):
+            held.enter_context(cache.hold(source))
+        yield
 
-log = structlog.get_logger(__name__)
+
+def _models(spec: JobSpec) -> list[ModelSource]:
+    """Only what tunes base reads it: in a change to be grafted, all that matters of it is left."""
+    return [spec.pair.instruct, spec.pair.base] if spec.tunes_base else [spec.pair.instruct]
 
 
 def fetch(
@@ -41,10 +41,11 @@ def fetch(
 
     `check` is asked while a download runs, and before anything that another attempt might rely on is replaced.
     """
-    models = {workspace.instruct: spec.pair.instruct}
-    if spec.delta is None:  # a graft needs no base: the change holds all that is left of it
-        models[workspace.base] = spec.pair.base
-    folders = {link: _model_folder(source, settings, check) for link, source in models.items()}
+    cache = make_cache(settings)
+    links = (workspace.instruct, workspace.base)
+    # Asked again here: since the pair was registered, a link may have been turned elsewhere.
+    models = [checked_source(source, settings.model_roots) for source in _models(spec)]
+    folders = {link: cache.fetch(source, check) for link, source in zip(links, models, strict=False)}
     check()
     workspace.inputs.mkdir(parents=True, exist_ok=True)
     write_durably(workspace.spec_file, spec.model_dump_json(indent=2).encode())
@@ -103,55 +104,6 @@ def _artifact_trouble(delta: DeltaSource, file: DeltaFile, finding: str) -> Step
             param="source",
         )
     )
-
-
-def _model_folder(source: ModelSource, settings: Settings, check: Callable[[], None]) -> Path:
-    if source.kind == "local":
-        return Path(source.location)
-    return _watched(lambda: download(source, settings.model_cache_dir), check)
-
-
-def _watched(fetch: Callable[[], Path], check: Callable[[], None]) -> Path:
-    """Run `fetch` in a thread and ask `check` meanwhile. One left behind goes on into the cache and harms nobody."""
-    done: Future[Path] = Future()
-
-    def work() -> None:
-        try:
-            done.set_result(fetch())
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that waits
-            done.set_exception(error)
-
-    threading.Thread(target=work, name="download", daemon=True).start()
-    while not wait([done], timeout=CHECK_SECONDS).done:
-        check()
-    return done.result()
-
-
-def download(source: ModelSource, cache: Path) -> Path:
-    """The folder of a pinned Hub snapshot, downloaded where it is not in the cache yet."""
-    log.info("model_fetch", repository=source.location, revision=source.revision)
-    with _disk_errors(), hub_errors(source.location, source.revision):
-        return Path(
-            snapshot_download(
-                source.location,
-                revision=source.revision,
-                cache_dir=cache,
-                allow_patterns=MODEL_FILES,
-                ignore_patterns=NOT_MODEL_FILES,
-            )
-        )
-
-
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise Unavailable(
-            f"The worker's disk refused a model file ({error.strerror or error}).",
-            code="storage_unavailable",
-            hint="Free space in the worker's data folder.",
-        ) from error
 
 
 def _link(target: Path, link: Path) -> None:

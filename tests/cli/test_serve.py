@@ -19,7 +19,7 @@ def service(request, tmp_path):
     with ExitStack() as stack:
         outside = request.param != "embedded"
         env = stack.enter_context(request.getfixturevalue("make_outside_servers")()) if outside else {}
-        yield stack.enter_context(run_service(env, tmp_path / "data"))
+        yield stack.enter_context(run_service({**env, "HF_TOKEN": "hf_secret"}, tmp_path / "data"))
 
 
 def parts(service):
@@ -73,6 +73,7 @@ def test_files_are_checked_and_what_dies_comes_back_until_all_go_with_the_servic
 
     before = parts(service)
     assert before.keys() == {"api", "jobs", "light"}
+    assert [name for name, part in before.items() if "HF_TOKEN" in part.environ()] == ["jobs", "light"]
     for part in before.values():
         part.send_signal(signal.SIGKILL)
     wait_until(lambda: parts(service).keys() == before.keys() and is_ready(service), seconds=40)

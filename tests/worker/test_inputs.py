@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def settings(tmp_path):
-    return Settings(_env_file=None, data_dir=tmp_path / "data")
+    return Settings(_env_file=None, data_dir=tmp_path / "data", model_roots=(tmp_path / "models",))
 
 
 @pytest.fixture
@@ -69,6 +69,22 @@ def test_a_workspace_is_filled_with_links_and_its_spec(spec, storage, settings, 
     assert workspace.probe("general").read_bytes() == b"general"
     assert workspace.base.resolve() == Path(spec.pair.base.location)
     assert (workspace.instruct / "config.json").exists()
+
+
+def test_direct_tuning_needs_no_base(spec, storage, settings, tmp_path):
+    direct = spec.model_copy(update={"strategy": "direct", "training": put(storage, "t", b"rows")})
+    workspace = Workspace(tmp_path / "job")
+    fetch(direct, workspace, storage=storage, settings=settings, check=lambda: None)
+    assert not workspace.base.is_symlink()
+    assert (workspace.instruct / "config.json").exists()
+
+
+def test_a_model_that_was_turned_out_of_the_roots_since_is_not_read(spec, storage, settings, tmp_path):
+    base = Path(spec.pair.base.location)
+    shutil.move(base, tmp_path / "elsewhere")
+    base.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InvalidInput, match="outside the model roots"):
+        fetch(spec, Workspace(tmp_path / "job"), storage=storage, settings=settings, check=lambda: None)
 
 
 def test_a_file_that_was_deleted_meanwhile_is_named(spec, storage, settings, tmp_path):
@@ -130,7 +146,7 @@ CLIENT = """
     from core.errors import ShadowError
     from core.hub import pin
     from core.job_spec import ModelSource
-    from worker.inputs import download
+    from worker.model_cache import ModelCache
 
     cache = Path(sys.argv[1])
     answers = []
@@ -142,7 +158,7 @@ CLIENT = """
             elif act == "headers":
                 answers.append(sorted(read_hub_checkpoint(repository, revision, cache_dir=cache).tensors))
             else:
-                folder = download(pin(source), cache)
+                folder = ModelCache(cache).fetch(pin(source), lambda: None)
                 answers.append({path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*")})
         except ShadowError as error:
             answers.append({"error": type(error).__name__, **error.cause.as_dict()})
@@ -162,7 +178,6 @@ def hub(tmp_path):
                 "HF_ENDPOINT": url,
                 "HF_HOME": str(tmp_path / "home"),
                 "PYTHONPATH": str(ROOT),
-                "HF_HUB_DISABLE_XET": "1",
             }
             done = subprocess.run(
                 program, env={**os.environ, **ours, **env}, capture_output=True, text=True, check=False
@@ -176,6 +191,9 @@ def hub(tmp_path):
 
 def requests(hub):
     return (hub.folder / "requests.log").read_text().splitlines()
+
+
+#: What the cache does with a Hub in trouble is in test_model_cache.py.
 
 
 WANTED = (
