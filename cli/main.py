@@ -9,13 +9,16 @@ from typing import Annotated, Literal
 import typer
 
 from cli.graft import graft
+from cli.http import sentence
 from cli.keys import keys, teams
+from cli.pairs import pairs
 from core.errors import ShadowError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="Shadow-FT as a self-service.")
 app.command()(graft)
 app.add_typer(keys, name="keys")
 app.add_typer(teams, name="teams")
+app.add_typer(pairs, name="pairs")
 
 
 @app.command()
@@ -119,6 +122,5 @@ def main() -> None:
     try:
         app()
     except ShadowError as error:
-        message = error.message if error.message.endswith((".", "?")) else f"{error.message}."
-        typer.echo(f"shadowft: {message} {error.hint}".rstrip(), err=True)
+        typer.echo(f"shadowft: {sentence(error)}", err=True)
         sys.exit(1)

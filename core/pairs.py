@@ -1,62 +1,69 @@
-"""Model pairs: the catalogue, the registered ones, and how a request's `model` names one.
+"""Model pairs: the registered ones beside the catalogue's, and how a request's `model` names one.
 
-A pair is a base and an instruct checkpoint of one lineage. The catalogue (pairs.toml) knows Hub repositories; an admin
-registers further ones, local folders under the model roots among them.
+A pair is a base and an instruct checkpoint of one lineage. The catalogue (core.catalogue) knows Hub repositories; an
+admin registers further ones, local folders under the model roots among them.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import tomllib
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from core.checkpoints import read_checkpoint
+from core.catalogue import CataloguePair, catalogue_pairs
+from core.checkpoints import is_small_file, read_checkpoint
 from core.errors import Conflict, InvalidInput, NotFound
 from core.graft_plan import Selection, plan_graft
 from core.ids import new_id
 from core.job_spec import ModelSource, PairSource
 from core.models import Pair
 
+_ID_PREFIX = "pair-"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+#: What stands behind `/v1/pairs/` and is no pair.
+_ROUTES = frozenset({"check"})
 #: The Hub's own rule for `owner/name`.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+#: A branch, a tag, a commit or `refs/pr/1`. The Hub's client makes a file name of it.
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+#: The one folder inside a model's that transformers looks into.
+_TEMPLATES_FOLDER = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
 class KnownPair:
-    """A pair with its place in the list. `created_at` is None for the catalogue's."""
+    """A pair with its place in the list."""
 
     id: str
     source: PairSource
+    #: None for the catalogue's.
     created_at: datetime | None
+    #: What the catalogue says; None for a registered pair.
+    about: CataloguePair | None
 
 
 @cache
 def catalogue() -> tuple[KnownPair, ...]:
-    families = tomllib.loads(Path(__file__).with_name("pairs.toml").read_text())["family"]
-    return tuple(
-        _catalogued(f"{family['name']}-{size}".lower(), family["base"].format(size), family["instruct"].format(size))
-        for family in families
-        for size in family["sizes"]
-    )
+    return tuple(_catalogued(pair) for pair in catalogue_pairs())
 
 
-def _catalogued(name: str, base: str, instruct: str) -> KnownPair:
+def _catalogued(pair: CataloguePair) -> KnownPair:
     source = PairSource(
-        name=name,
-        base=ModelSource(kind="hub", location=base),
-        instruct=ModelSource(kind="hub", location=instruct),
+        name=pair.name,
+        base=ModelSource(kind="hub", location=pair.base),
+        instruct=ModelSource(kind="hub", location=pair.instruct),
     )
-    return KnownPair(id=f"pair-{name}", source=source, created_at=None)
+    return KnownPair(id=f"{_ID_PREFIX}{pair.name}", source=source, created_at=None, about=pair)
 
 
 def known_pairs(session: Session) -> list[KnownPair]:
@@ -69,13 +76,16 @@ def _registered(row: Pair) -> KnownPair:
     source = PairSource(
         name=row.name, base=ModelSource.model_validate(row.base), instruct=ModelSource.model_validate(row.instruct)
     )
-    return KnownPair(id=row.id, source=source, created_at=row.created_at)
+    return KnownPair(id=row.id, source=source, created_at=row.created_at, about=None)
+
+
+# --- naming one -------------------------------------------------------------------------------------------------------
 
 
 def find_pair(session: Session, model: str) -> PairSource:
-    """The pair that a request's `model` means: a pair's name, an instruct id, or a base id of one pair only.
+    """The pair that a request's `model` means: a pair's name, or an instruct or base id of one pair only.
 
-    Raises NotFound with the nearest known names, InvalidInput where a base belongs to several pairs.
+    Raises NotFound with the nearest known names, InvalidInput where an id belongs to several pairs.
     """
     known = [pair.source for pair in known_pairs(session)]
     for matches in (
@@ -87,7 +97,26 @@ def find_pair(session: Session, model: str) -> PairSource:
             return matches[0]
         if matches:
             raise _ambiguous(model, matches)
-    raise _unknown(model, known)
+    names = [name for pair in known for name in (pair.name, pair.instruct.location)]
+    raise NotFound(
+        f"There is no model pair for {model[:200]!r}.{_nearest(model, names)} GET /v1/pairs lists the pairs; POST "
+        "/v1/pairs adds one.",
+        code="model_not_found",
+        param="model",
+    )
+
+
+def get_pair(session: Session, key: str) -> KnownPair:
+    """The pair of this id or name. Raises NotFound with the nearest ones."""
+    known = known_pairs(session)
+    for pair in known:
+        if key in {pair.id, pair.source.name}:
+            return pair
+    names = [name for pair in known for name in (pair.source.name, pair.id, pair.source.instruct.location)]
+    raise NotFound(
+        f"There is no model pair {key[:200]!r}.{_nearest(key, names)} GET /v1/pairs lists the pairs.",
+        code="pair_not_found",
+    )
 
 
 def _ambiguous(model: str, matches: Sequence[PairSource]) -> InvalidInput:
@@ -95,15 +124,12 @@ def _ambiguous(model: str, matches: Sequence[PairSource]) -> InvalidInput:
     return InvalidInput(f"The model {model!r} belongs to several pairs: {names}. Name one of them.", param="model")
 
 
-def _unknown(model: str, known: Sequence[PairSource]) -> NotFound:
-    names = [name for pair in known for name in (pair.name, pair.instruct.location)]
-    near = get_close_matches(model, names, n=3, cutoff=0.5)
-    meant = f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
-    return NotFound(
-        f"There is no model pair for {model[:200]!r}.{meant} GET /v1/pairs lists the pairs; POST /v1/pairs adds one.",
-        code="model_not_found",
-        param="model",
-    )
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+
+
+# --- adding and removing ----------------------------------------------------------------------------------------------
 
 
 def register(
@@ -113,14 +139,10 @@ def register(
 
     Raises InvalidInput, Conflict for a name that is taken, PairRefused with every reason.
     """
-    if not _NAME.fullmatch(name):
-        raise InvalidInput(
-            f"The pair name {name!r} is not usable: take 1 to 64 letters, digits, '.', '_' or '-'.",
-            param="name",
-        )
-    if name in {pair.source.name for pair in known_pairs(session)}:
+    _check_name(name)
+    if name.casefold() in {pair.source.name.casefold() for pair in known_pairs(session)}:
         raise _taken(name)
-    base, instruct = _checked(base, roots, "base"), _checked(instruct, roots, "instruct")
+    base, instruct = checked_source(base, roots, param="base"), checked_source(instruct, roots, param="instruct")
     if base.location == instruct.location:
         raise InvalidInput("Base and instruct are the same model; a pair needs both.", param="instruct")
     if base.kind == instruct.kind == "local":
@@ -129,7 +151,7 @@ def register(
             read_checkpoint(Path(base.location)),
             selection=Selection(scope="linear"),
         )
-    row = Pair(id=new_id("pair-"), name=name, base=base.model_dump(), instruct=instruct.model_dump())
+    row = Pair(id=new_id(_ID_PREFIX), name=name, base=base.model_dump(), instruct=instruct.model_dump())
     session.add(row)
     try:
         session.flush()
@@ -138,8 +160,45 @@ def register(
     return _registered(row)
 
 
+def remove(session: Session, key: str) -> KnownPair:
+    """Forget a registered pair, by id or name. Jobs that were created with it keep what they were given.
+
+    Raises NotFound, Conflict for a pair of the catalogue.
+    """
+    pair = get_pair(session, key)
+    if pair.about is not None:
+        raise Conflict(
+            f"{pair.source.name!r} belongs to the catalogue, which comes with the service and is not changed.",
+            code="pair_of_the_catalogue",
+            hint="Only registered pairs can be deleted.",
+        )
+    session.execute(delete(Pair).where(Pair.id == pair.id))
+    return pair
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise InvalidInput(
+            f"The pair name {name!r} is not usable: take 1 to 64 letters, digits, '.', '_' or '-'.",
+            param="name",
+        )
+    if name.casefold() in _ROUTES or name.casefold().startswith(_ID_PREFIX):
+        raise InvalidInput(
+            f"The pair name {name!r} would be taken for something else: ids begin with '{_ID_PREFIX}', and 'check' is "
+            "a route. Choose another.",
+            param="name",
+        )
+
+
 def _taken(name: str) -> Conflict:
-    return Conflict(f"There is already a pair named {name!r}.", code="pair_exists", param="name")
+    return Conflict(
+        f"There is already a pair named {name!r} (capital letters make no difference).",
+        code="pair_exists",
+        param="name",
+    )
+
+
+# --- where a model may come from --------------------------------------------------------------------------------------
 
 
 def model_source(location: str, revision: str | None) -> ModelSource:
@@ -149,30 +208,100 @@ def model_source(location: str, revision: str | None) -> ModelSource:
     return ModelSource(kind="local" if is_folder else "hub", location=location, revision=revision)
 
 
-def _checked(source: ModelSource, roots: Sequence[Path], param: str) -> ModelSource:
-    return _checked_folder(source, roots, param) if source.kind == "local" else _checked_repository(source, param)
+def checked_source(source: ModelSource, roots: Sequence[Path], *, param: str = "model") -> ModelSource:
+    """The source in the form in which it may be read: a repository's name of the right form, or a resolved folder.
 
-
-def _checked_folder(source: ModelSource, roots: Sequence[Path], param: str) -> ModelSource:
+    A folder must lie under one of `roots` (which are resolved themselves), and so must every file in it that anybody
+    opens: safetensors and text, plain files or links to such. Since links can be exchanged at any time, this is asked
+    when a pair is registered, and again whenever a folder is about to be read. Raises InvalidInput.
+    """
+    if source.kind == "hub":
+        _check_repository(source, param)
+        return source
     if source.revision is not None:
         raise InvalidInput("A local folder has no revision; leave it out.", param=f"{param}_revision")
-    folder = Path(source.location).resolve()
-    if not any(folder.is_relative_to(root) for root in roots):
-        raise InvalidInput(
-            f"The folder {source.location!r} lies outside the model roots of this server. Its operator lists them in "
-            "SHADOWFT_MODEL_ROOTS.",
-            param=param,
-        )
-    if not folder.is_dir():
-        raise InvalidInput(f"There is no folder {source.location!r} on the server.", param=param)
+    folder = _checked_folder(source.location, roots, param)
+    for file in _files_to_open(folder):
+        _check_file(file, roots, param)
     return ModelSource(kind="local", location=str(folder))
 
 
-def _checked_repository(source: ModelSource, param: str) -> ModelSource:
-    name = source.location
+def _check_repository(source: ModelSource, param: str) -> None:
+    name, revision = source.location, source.revision
     if not _REPOSITORY.fullmatch(name) or len(name) > 96 or "--" in name or ".." in name or name.endswith(".git"):
         raise InvalidInput(
             f"{name[:200]!r} is neither a Hub repository (owner/name) nor an absolute folder of the server.",
             param=param,
         )
-    return source
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision or len(revision) > 100):
+        raise InvalidInput(
+            f"{revision[:200]!r} is not a revision of a Hub repository: name a branch, a tag or a commit.",
+            param=f"{param}_revision",
+        )
+
+
+def _checked_folder(location: str, roots: Sequence[Path], param: str) -> Path:
+    if not roots:
+        raise InvalidInput(
+            f"This server takes no local folders, and {location!r} is one. Its operator lists in SHADOWFT_MODEL_ROOTS "
+            "the folders from which models may be taken.",
+            param=param,
+        )
+    folder = Path(os.path.realpath(location))
+    if not _is_inside(folder, roots):
+        raise InvalidInput(
+            f"The folder {location!r} lies outside the model roots of this server. Its operator lists them in "
+            "SHADOWFT_MODEL_ROOTS.",
+            param=param,
+        )
+    if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
+        raise InvalidInput(f"There is no folder {location!r} on the server.", param=param)
+    return folder
+
+
+def _files_to_open(folder: Path) -> Iterator[Path]:
+    """What our code and transformers read of a model's folder."""
+    for name in _names(folder):
+        if name.endswith(".safetensors") or is_small_file(name):
+            yield folder / name
+    templates = folder / _TEMPLATES_FOLDER
+    if templates.is_dir():
+        yield from (templates / name for name in _names(templates))
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+
+
+def _check_file(file: Path, roots: Sequence[Path], param: str) -> None:
+    try:
+        target = Path(os.path.realpath(file, strict=True))
+        mode = target.lstat().st_mode
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    if stat.S_ISDIR(mode):  # nobody opens one; `licenses` may well be a folder
+        return
+    where = f"{file.parent.name}/{file.name}"
+    if not _is_inside(target, roots):
+        raise InvalidInput(
+            f"{where} is a link to a place outside the model roots of this server.",
+            param=param,
+            hint="Put a copy of the file there, or have the operator list that place in SHADOWFT_MODEL_ROOTS.",
+        )
+    if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+        raise InvalidInput(f"{where} is not a plain file.", param=param, hint="Put a copy of the file there.")
+
+
+def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(root) for root in roots)
+
+
+def _unreadable(path: Path, error: OSError) -> InvalidInput:
+    return InvalidInput(
+        f"{path.parent.name}/{path.name} cannot be read ({error.strerror or error}).",
+        code="unreadable_checkpoint",
+        hint="Make it readable for this user, or copy the folder again, whole.",
+    )

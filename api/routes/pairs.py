@@ -1,4 +1,4 @@
-"""Model pairs: which base belongs to which instruct model."""
+"""Model pairs: which base belongs to which instruct model, and what is known about them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pydantic import BaseModel, Field
 
 from api.deps import AdminDep, After, CallerDep, Page, ServiceDep, StrictModel, page, timestamp
 from api.strict_json import StrictRoute
+from core.catalogue import CataloguePair, CautionKind, Claim, Source
 from core.errors import InvalidInput
-from core.pairs import KnownPair, known_pairs, model_source, register
+from core.pairs import KnownPair, get_pair, known_pairs, model_source, register, remove
 
 router = APIRouter(prefix="/pairs", tags=["Pairs"], route_class=StrictRoute)
 
@@ -25,6 +26,17 @@ class PairRequest(StrictModel):
     instruct_revision: str | None = Field(None, min_length=1, max_length=100)
 
 
+class ClaimObject(BaseModel):
+    text: str
+    #: `verified`: looked up, at the place that `seen` names. `memory`: not looked up.
+    source: Source
+    seen: str | None
+
+
+class CautionObject(ClaimObject):
+    kind: CautionKind
+
+
 class PairObject(BaseModel):
     id: str
     object: Literal["pair"] = "pair"
@@ -36,20 +48,20 @@ class PairObject(BaseModel):
     #: `catalogue`, or `registered` by an admin.
     origin: Literal["catalogue", "registered"]
     created_at: int | None
+    #: What the catalogue knows; null, or none, for a registered pair.
+    family: str | None
+    #: That the two ids exist and belong together.
+    ids: ClaimObject | None
+    licence: ClaimObject | None
+    #: What to do to be let in; null: not known to be gated.
+    gated: ClaimObject | None
+    cautions: list[CautionObject]
 
 
-def _render(pair: KnownPair) -> dict[str, Any]:
-    return {
-        "id": pair.id,
-        "object": "pair",
-        "name": pair.source.name,
-        "base": pair.source.base.location,
-        "instruct": pair.source.instruct.location,
-        "base_revision": pair.source.base.revision,
-        "instruct_revision": pair.source.instruct.revision,
-        "origin": "registered" if pair.created_at else "catalogue",
-        "created_at": timestamp(pair.created_at),
-    }
+class DeletedPair(BaseModel):
+    id: str
+    object: Literal["pair"] = "pair"
+    deleted: Literal[True] = True
 
 
 @router.get("", response_model=Page)
@@ -58,21 +70,33 @@ def list_pairs(
     service: ServiceDep,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 100,
-    search: Annotated[str, Query(max_length=100, description="Part of a name or id.")] = "",
+    search: Annotated[str, Query(max_length=100, description="Part of a name, id, family or licence.")] = "",
 ) -> dict[str, Any]:
     """The registered pairs, newest first, then the catalogue's."""
     with service.database.reading() as session:
-        pairs = [_render(pair) for pair in known_pairs(session)]
-    found = [pair for pair in pairs if search.lower() in f"{pair['name']} {pair['base']} {pair['instruct']}".lower()]
+        found = [pair for pair in known_pairs(session) if search.casefold() in _searched(pair)]
     start = _position(found, after) + 1 if after else 0
-    return page(found[start : start + limit + 1], limit)
+    return page([_render(pair) for pair in found[start : start + limit + 1]], limit)
 
 
-def _position(pairs: list[dict[str, Any]], pair_id: str) -> int:
+def _searched(pair: KnownPair) -> str:
+    about = [pair.about.family, pair.about.licence.text] if pair.about else []
+    source = pair.source
+    return "\n".join((pair.id, source.name, source.base.location, source.instruct.location, *about)).casefold()
+
+
+def _position(pairs: list[KnownPair], pair_id: str) -> int:
     for position, pair in enumerate(pairs):
-        if pair["id"] == pair_id:
+        if pair.id == pair_id:
             return position
     raise InvalidInput(f"The cursor 'after' names nothing in this list: {pair_id[:100]!r}.", param="after")
+
+
+@router.get("/{pair_id:path}", response_model=PairObject)
+def retrieve_pair(pair_id: str, _: CallerDep, service: ServiceDep) -> dict[str, Any]:
+    """One pair, by its id or its name."""
+    with service.database.reading() as session:
+        return _render(get_pair(session, pair_id))
 
 
 @router.post("", response_model=PairObject)
@@ -88,3 +112,43 @@ def create_pair(body: PairRequest, _: AdminDep, service: ServiceDep) -> dict[str
         )
         session.commit()
     return _render(pair)
+
+
+@router.delete("/{pair_id:path}", response_model=DeletedPair)
+def delete_pair(pair_id: str, _: AdminDep, service: ServiceDep) -> dict[str, Any]:
+    """Forget a registered pair, by its id or its name (admin). Jobs that were created with it go on."""
+    with service.database.writing() as session:
+        pair = remove(session, pair_id)
+        session.commit()
+    return {"id": pair.id}
+
+
+def _render(pair: KnownPair) -> dict[str, Any]:
+    return {
+        "id": pair.id,
+        "object": "pair",
+        "name": pair.source.name,
+        "base": pair.source.base.location,
+        "instruct": pair.source.instruct.location,
+        "base_revision": pair.source.base.revision,
+        "instruct_revision": pair.source.instruct.revision,
+        "origin": "catalogue" if pair.about else "registered",
+        "created_at": timestamp(pair.created_at),
+        **_known(pair.about),
+    }
+
+
+def _known(about: CataloguePair | None) -> dict[str, Any]:
+    if about is None:
+        return {"family": None, "ids": None, "licence": None, "gated": None, "cautions": []}
+    return {
+        "family": about.family,
+        "ids": _claim(about.ids),
+        "licence": _claim(about.licence),
+        "gated": _claim(about.gated) if about.gated else None,
+        "cautions": [{"kind": caution.kind, **_claim(caution)} for caution in about.cautions],
+    }
+
+
+def _claim(claim: Claim) -> dict[str, Any]:
+    return {"text": claim.text, "source": claim.source, "seen": claim.seen}

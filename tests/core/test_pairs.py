@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from safetensors.numpy import save_file
 
 from core.errors import Conflict, InvalidInput, NotFound, PairRefused
 from core.job_spec import ModelSource
-from core.pairs import catalogue, find_pair, known_pairs, model_source, register
+from core.pairs import catalogue, checked_source, find_pair, get_pair, known_pairs, model_source, register, remove
 
 
 def hub(location, revision=None):
@@ -84,14 +87,47 @@ def test_a_registered_pair_is_found_and_listed_before_the_catalogue(database):
         assert [pair.id for pair in known_pairs(session)][:2] == [second.id, first.id]
 
 
-@pytest.mark.parametrize("name", ["acme", "qwen3-0.6b"])
-def test_a_name_is_given_once_also_if_the_catalogue_has_it(database, name):
+def test_an_instruct_id_of_several_pairs_is_no_answer_either(database):
+    add(database, "pinned", hub("Qwen/Qwen3-0.6B-Base", "v1"), hub("Qwen/Qwen3-0.6B", "v1"))
+    with pytest.raises(InvalidInput, match=r"pinned, qwen3-0\.6b"):
+        find(database, "Qwen/Qwen3-0.6B")
+
+
+def test_a_pair_is_got_by_id_and_by_name(database):
+    added = add(database)
+    with database.reading() as session:
+        assert get_pair(session, added.id) == get_pair(session, "acme") == added
+        assert get_pair(session, "pair-qwen3-0.6b") == get_pair(session, "qwen3-0.6b")
+        with pytest.raises(NotFound, match=r"'qwen3-0\.6b'") as caught:
+            get_pair(session, "qwen3-0.6")
+    assert caught.value.code == "pair_not_found"
+
+
+@pytest.mark.parametrize("by", ["id", "name"])
+def test_a_removed_pair_is_gone_and_its_name_free_again(database, by):
+    added = add(database)
+    with database.writing() as session:
+        assert remove(session, added.id if by == "id" else "acme").id == added.id
+        session.commit()
+    with pytest.raises(NotFound):
+        find(database, "acme")
+    assert add(database).id != added.id
+
+
+def test_a_pair_of_the_catalogue_is_not_removed(database):
+    with database.writing() as session, pytest.raises(Conflict, match="catalogue"):
+        remove(session, "qwen3-0.6b")
+
+
+@pytest.mark.parametrize("name", ["acme", "ACME", "qwen3-0.6b", "Qwen3-0.6B"])
+def test_a_name_is_given_once_whatever_its_capitals_and_also_if_the_catalogue_has_it(database, name):
     add(database)
     with pytest.raises(Conflict):
         add(database, name)
 
 
-@pytest.mark.parametrize("name", ["", ".x", "a/b", "a b", "x" * 65, "ä", "a\n", "ft:x"])
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("name", ["", ".x", "a/b", "a b", "x" * 65, "ä", "a\n", "ft:x", "check", "Pair-x"])
 def test_an_unusable_name_is_refused(database, name):
     with pytest.raises(InvalidInput) as caught:
         add(database, name)
@@ -105,10 +141,29 @@ NO_REPOSITORIES = [
 
 
 @pytest.mark.parametrize("location", NO_REPOSITORIES)
-def test_what_is_no_repository_is_refused_before_anyone_looks_for_it(database, location):
+def test_what_is_no_repository_is_refused_before_anyone_looks_for_it(location):
     with pytest.raises(InvalidInput) as caught:
-        add(database, base=hub(location))
+        checked_source(hub(location), (), param="base")
     assert caught.value.param == "base"
+
+
+@pytest.mark.parametrize("revision", ["", "..", "../x", "a/../../b", "/a", "a//b", "a/", "-a", "a b", "a\n", "x" * 101])
+def test_what_is_no_revision_is_refused_before_it_becomes_a_file_name(revision):
+    with pytest.raises(InvalidInput) as caught:
+        checked_source(hub("acme/one-base", revision), (), param="base")
+    assert caught.value.param == "base_revision"
+
+
+@pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/1", "a" * 40])
+def test_a_branch_a_tag_and_a_commit_are_revisions(revision):
+    assert checked_source(hub("acme/one-base", revision), ()).revision == revision
+
+
+def test_registering_checks_both_models_and_says_which_is_wrong(database):
+    for param, wrong in (("base", {"base": hub("../x")}), ("instruct", {"instruct": hub("../x")})):
+        with pytest.raises(InvalidInput) as caught:
+            add(database, **wrong)
+        assert caught.value.param == param
 
 
 def test_one_model_is_no_pair(database):
@@ -152,12 +207,102 @@ def test_no_folder_outside_the_roots_is_looked_at(database, roots, tmp_path):
             add(database, base=local(folder), instruct=instruct, roots=roots)
 
 
-def test_without_roots_no_folder_is_taken(database, roots):
-    with pytest.raises(InvalidInput, match="SHADOWFT_MODEL_ROOTS"):
+def test_without_roots_no_folder_is_taken_and_the_remedy_is_told(database, roots):
+    with pytest.raises(InvalidInput, match=r"takes no local folders.*SHADOWFT_MODEL_ROOTS"):
         add(database, base=local(write_model(roots[0] / "base")), instruct=hub("acme/one"))
 
 
 def test_a_folder_that_is_not_there_and_one_with_a_revision_are_refused(database, roots):
-    for source in (local(roots[0] / "absent"), ModelSource(kind="local", location=str(roots[0]), revision="main")):
+    long = roots[0] / ("x" * 300)
+    revised = ModelSource(kind="local", location=str(roots[0]), revision="main")
+    for source in (local(roots[0] / "absent"), local(long), revised):
         with pytest.raises(InvalidInput):
             add(database, base=source, instruct=hub("acme/one"), roots=roots)
+
+
+# --- what lies in a folder --------------------------------------------------------------------------------------------
+
+
+def refusal(folder, roots):
+    with pytest.raises(InvalidInput) as caught:
+        checked_source(local(folder), roots)
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "config.json", "tokenizer.json", "LICENSE", "additional_chat_templates/x.jinja"]
+)
+def test_a_file_that_links_out_of_the_roots_is_refused(roots, tmp_path, file):
+    folder, secret = write_model(roots[0] / "model"), tmp_path / "secret"
+    secret.write_text("secret")
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).unlink(missing_ok=True)
+    (folder / file).symlink_to(secret)
+    said = refusal(folder, roots)
+    assert file.rpartition("/")[2] in said
+    assert "outside the model roots" in said
+    assert "secret" not in said
+
+
+def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs_in_the_same_root(roots):
+    folder = write_model(roots[0] / "models--acme--one" / "snapshots" / "abc")
+    blobs = folder.parents[1] / "blobs"
+    blobs.mkdir()
+    for file in list(folder.iterdir()):
+        file.rename(blobs / f"hash-of-{file.name}")
+        file.symlink_to(f"../../blobs/hash-of-{file.name}")
+    assert checked_source(local(folder), roots) == local(folder)
+    with pytest.raises(InvalidInput, match="outside the model roots"):
+        checked_source(local(folder), [folder])
+
+
+def make_pipe(file):
+    os.mkfifo(file)
+
+
+def make_socket(file):
+    with socket.socket(socket.AF_UNIX) as endpoint:
+        endpoint.bind(str(file))
+
+
+def make_device(file):
+    try:
+        os.mknod(file, 0o600 | 0o020000, os.makedev(1, 5))  # as /dev/zero, which has no end
+    except PermissionError:
+        pytest.skip("only root makes devices")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [make_pipe, make_socket, make_device])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer_config.json"])
+def test_what_is_no_plain_file_is_refused_and_never_opened(roots, monkeypatch, make, name):
+    folder = write_model(roots[0] / "model")
+    (folder / name).unlink(missing_ok=True)
+    monkeypatch.chdir(folder)  # a socket's whole address has room for a hundred letters
+    make(name)
+    assert "not a plain file" in refusal(folder, roots)
+
+
+def test_a_link_to_nothing_and_one_to_itself_are_refused(roots):
+    folder = write_model(roots[0] / "model")
+    for target in ("absent.json", "loop.json"):
+        (folder / "loop.json").unlink(missing_ok=True)
+        (folder / "loop.json").symlink_to(target)
+        assert "loop.json cannot be read" in refusal(folder, roots)
+
+
+def test_what_nobody_opens_may_lie_in_a_folder(roots, tmp_path):
+    folder = write_model(roots[0] / "model")
+    (folder / "licenses").mkdir()
+    os.mkfifo(folder / "pytorch_model.bin")
+    (folder / "notes").symlink_to(tmp_path)
+    assert checked_source(local(folder), roots) == local(folder)
+
+
+def test_a_folder_that_became_a_link_since_it_was_registered_is_refused(database, roots, tmp_path):
+    base, instruct = write_model(roots[0] / "base"), write_model(roots[0] / "instruct")
+    pair = add(database, base=local(base), instruct=local(instruct), roots=roots)
+    shutil.move(base, tmp_path / "elsewhere")
+    base.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InvalidInput, match="outside the model roots"):
+        checked_source(pair.source.base, roots)
