@@ -12,37 +12,34 @@ process, imports included; the ways take turns and are primed alike right before
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from shutil import disk_usage, rmtree
+from shutil import rmtree
 from typing import Any, TextIO
 
-import psutil
 from yardsticks import with_mergekit
+from yardsticks.setting import (
+    BUILD,
+    MODEL_BYTES,
+    PROGRAMS,
+    ROOT,
+    Models,
+    Unavailable,
+    machine,
+    models_in,
+    program,
+    sink,
+)
 from yardsticks.timing import Outcome, Way, prime, ratio, summary, take_turns
-from yardsticks.with_mergekit import Unavailable
 
-ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = Path(__file__).resolve().parent / "yardsticks"
-BUILD = ROOT / "build"
-GIB = 1 << 30
-
-#: What a model of each size weighs, to ask for room before anything is written.
-MODEL_BYTES = {"tiny": 1 << 20, "50m": 111 << 20, "350m": 718 << 20, "1.3b": 2632 << 20, "5b": 10120 << 20}
 #: The size that the targets are for.
 TARGET_SIZE = "1.3b"
 LARGE = "5b"
@@ -93,35 +90,6 @@ NAMES = (*(case.name for case in CASES), *OTHERS)
 
 
 @dataclass
-class Models:
-    """The pairs in one folder; what this run has made, it takes away."""
-
-    folder: Path
-    keep: bool
-    made: list[Path] = field(default_factory=list)
-
-    def pair(self, size: str) -> Path:
-        """Unavailable: there is no room. A pair that an earlier run has left is used."""
-        pair = self.folder / size
-        if pair.exists():
-            return pair
-        part = pair.with_name(f"{size}.part")
-        rmtree(part, ignore_errors=True)
-        wanted = int(4.6 * MODEL_BYTES[size])
-        if disk_usage(self.folder).free < wanted + GIB:
-            raise Unavailable(f"a pair of {size} parameters and its graft need {wanted / 1e9:.0f} GB of disk")
-        self.made += [part, pair]
-        _program("synthetic.py", size, part)
-        part.rename(pair)
-        return pair
-
-    def discard(self) -> None:
-        if not self.keep:
-            for path in self.made:
-                rmtree(path, ignore_errors=True)
-
-
-@dataclass
 class Bench:
     models: Models
     size: str
@@ -148,10 +116,9 @@ class Bench:
 def main() -> None:
     options = _options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # then the models go as after an error
-    BUILD.mkdir(exist_ok=True)
-    with _models(options) as models, _sink(options.save) as sink:
-        bench = Bench(models, options.size, options.pairs, sink)
-        bench.say("machine", **_machine(), size=options.size, pairs=options.pairs)
+    with models_in(options.folder, keep=options.keep) as models, sink("graft", save=options.save) as saved:
+        bench = Bench(models, options.size, options.pairs, saved)
+        bench.say("machine", **machine(), size=options.size, pairs=options.pairs)
         for family in ("full", "lora"):
             cases = [case for case in CASES if case.name in options.cases and case.family == family]
             if cases:
@@ -195,73 +162,6 @@ def _options() -> argparse.Namespace:
         options.size, options.large, options.pairs = "tiny", "50m", 1
     options.small = "tiny" if options.quick else "50m"
     return options
-
-
-@contextmanager
-def _models(options: argparse.Namespace) -> Iterator[Models]:
-    if options.folder:
-        options.folder.mkdir(parents=True, exist_ok=True)
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="bench-graft-", dir=BUILD))
-    models = Models(folder.resolve(), options.keep)
-    try:
-        yield models
-    finally:
-        models.discard()
-        if not options.folder and not options.keep:
-            rmtree(folder)
-
-
-@contextmanager
-def _sink(save: bool) -> Iterator[TextIO | None]:
-    if not save:
-        yield None
-        return
-    results = ROOT / "bench" / "results"
-    results.mkdir(exist_ok=True)
-    with (results / f"graft-{time.strftime('%Y-%m-%d-%H%M')}.jsonl").open("w") as sink:
-        yield sink
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        **_processor(),
-        "cores": os.cpu_count(),
-        "sha256_gb_per_second": _hash_speed(),
-        "memory_gib": round(psutil.virtual_memory().total / GIB),
-        "disk_free_gb": round(disk_usage(BUILD).free / 1e9),
-        "load": [round(value, 2) for value in os.getloadavg()],
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")},
-    }
-
-
-def _processor() -> dict[str, Any]:
-    """Which of the instructions it has that matter here."""
-    lines = dict(line.split("\t", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t" in line)
-    flags = lines.get("flags", "").split()
-    wanted = ("avx512f", "avx512_bf16", "amx_bf16", "sha_ni")
-    return {"processor": lines.get("model name", "")[2:], "has": [flag for flag in wanted if flag in flags]}
-
-
-def _hash_speed() -> float:
-    """One core's, best of five, over a block that leaves this process small."""
-    block = bytes(1 << 23)
-
-    def seconds() -> float:
-        started = time.process_time()
-        hashlib.sha256(block)
-        return time.process_time() - started
-
-    return round(len(block) / min(seconds() for _ in range(5)) / 1e9, 2)
-
-
-def _program(name: str, *arguments: str | Path) -> str:
-    """What a program of ours prints last. Apart from this process, which has to stay small."""
-    done = subprocess.run([sys.executable, PROGRAMS / name, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name} failed: {done.stderr.strip()[-1500:]}")
-    return (done.stdout.strip().splitlines() or [""])[-1]
 
 
 # --- ways -------------------------------------------------------------------------------------------------------------
@@ -407,8 +307,8 @@ def _results(pair: Path, out: Path, case: Case) -> dict[str, Any]:
         return {}  # `full-checked` has compared the same output
     if case.yardstick.startswith("floor"):
         sources = [pair / name for name in ("instruct", "base", "tuned")]
-        return {"against_the_sum": json.loads(_program("compare.py", out / case.ours, *sources))}
-    return {"results": json.loads(_program("compare.py", out / case.ours, out / case.yardstick))}
+        return {"against_the_sum": json.loads(program("compare.py", out / case.ours, *sources))}
+    return {"results": json.loads(program("compare.py", out / case.ours, out / case.yardstick))}
 
 
 def _compare_with_peft(bench: Bench, size: str) -> None:
@@ -421,8 +321,8 @@ def _compare_with_peft(bench: Bench, size: str) -> None:
     if done.returncode:
         bench.fail("peft-float32", done.stderr.strip()[-1500:])
     else:
-        _program("with_peft.py", pair / "instruct", pair / "adapter", out / "peft", "float32")
-        counts = json.loads(_program("compare.py", out / "ours", out / "peft"))
+        program("with_peft.py", pair / "instruct", pair / "adapter", out / "peft", "float32")
+        counts = json.loads(program("compare.py", out / "ours", out / "peft"))
         bench.say("peft-float32", size=size, results=counts)
     rmtree(out)
 
@@ -481,10 +381,10 @@ def _profile(bench: Bench) -> None:
     pair, out = bench.pair, bench.pair / "profiled"
     files = _weights(*(pair / name for name in ("instruct", "base", "tuned")))
     prime(files, cold=False)
-    stages = json.loads(_program("stages.py", pair, pair / "scratch"))
+    stages = json.loads(program("stages.py", pair, pair / "scratch"))
     bench.say("profile-stages", size=bench.size, what="each stage alone, two threads", stages=stages)
     prime(files, cold=False)
-    sampled = json.loads(_program("sampled.py", *(pair / name for name in ("instruct", "base", "tuned")), out))
+    sampled = json.loads(program("sampled.py", *(pair / name for name in ("instruct", "base", "tuned")), out))
     bench.say("profile", size=bench.size, slowest_stage=max(stages, key=lambda name: stages[name]["wall"]), **sampled)
     rmtree(out)
 

@@ -24,14 +24,13 @@ from transformers import AutoConfig, AutoTokenizer
 from core.datasets import Conversation, Message, read_rows
 from core.errors import InvalidDataset, InvalidInput, PairRefused
 from core.job_spec import JobSpec
+from core.resolve import held_out_count
 from worker.workspace import Workspace
 
 #: The label of a token without loss, as torch's cross entropy has it.
 IGNORED = -100
 #: Stands for a turn's content. Private-use letters, so that it neither occurs in data nor is changed by a template.
 _SENTINEL = "\ue5f1\ue5f2\ue5f3"
-#: Fewer rows than this are all trained on, unless the share itself asks for a held-out row.
-_ROWS_WORTH_SPLITTING = 10
 #: Rows on which two tokenizers are compared besides their whole vocabularies.
 _ROWS_TO_COMPARE = 100
 
@@ -96,9 +95,7 @@ def _numbered(conversations: Iterable[Conversation]) -> list[Row]:
 
 
 def _draw(rows: int, ratio: float, seed: int) -> set[int]:
-    count = int(rows * ratio)
-    if ratio > 0 and rows >= _ROWS_WORTH_SPLITTING:
-        count = max(count, 1)
+    count = held_out_count(rows, ratio)
     return set(random.Random(f"holdout {seed}").sample(range(1, rows + 1), count))  # noqa: S311 - no secret
 
 
@@ -143,6 +140,11 @@ class ChatText:
 
     def ids(self, text: str) -> list[int]:
         return cast("list[int]", self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def marks_in(self, rows: Iterable[EncodedRow]) -> list[int]:
+        """The tokens in the rows that were added to the vocabulary as such: the chat format's marks."""
+        used = {token for row in rows for token in row.input_ids}
+        return sorted(used.intersection(self.tokenizer.added_tokens_decoder))
 
     def encode(self, row: Row, max_length: int) -> tuple[EncodedRow, bool]:
         """The row, cut to `max_length` tokens, and whether anything was cut off."""

@@ -12,16 +12,14 @@ import sys
 import sysconfig
 from pathlib import Path
 
+from yardsticks.setting import Unavailable
+
 VERSION = "0.1.5"
 #: What makes it fastest on two cores; and nothing that asks for the network or for a tokenizer.
 FLAGS = (
     *("--lazy-unpickle", "--async-write", "--write-threads", "2", "--num-threads", "2"),
     *("--no-copy-tokenizer", "--no-write-model-card", "--quiet"),
 )
-
-
-class Unavailable(Exception):
-    """A yardstick cannot be had here; the message says why."""
 
 
 def install(environment: Path, constraints: Path) -> None:

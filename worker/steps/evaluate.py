@@ -27,6 +27,7 @@ from worker.progress import ProgressWriter
 from worker.report import BASE_TUNED, DIRECT, INSTRUCT, VALIDATION, Report, RowResult, Sample, SetResult, VariantResult
 from worker.scoring import Score, score_rows, total
 from worker.steps import child
+from worker.weights.special_rows import put_rows, read_start_rows
 from worker.workspace import Workspace, write_durably
 
 #: `auto` generates answers where no reference is longer than this many tokens: beyond it, few free answers are equal
@@ -194,6 +195,7 @@ def load(variant: Variant) -> Any:
         local_files_only=True,
     )
     if variant.adapter:
+        put_rows(model, read_start_rows(variant.adapter))  # what the adapter was trained on
         model = PeftModel.from_pretrained(model, str(variant.adapter))
     return model.to(device).eval()
 

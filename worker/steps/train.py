@@ -4,8 +4,10 @@ TRL's SFTTrainer trains and PEFT holds the adapter; both are called here and now
 decided: token ids and labels from `worker.chat_text`, one effective batch, float32 trainable weights. Those weights are
 float32 whatever the precision of the arithmetic, because bfloat16 storage swallows most of a small update.
 
-Out comes `train/adapter` (LoRA) or `train/model` (full tuning, float32 and named like the start checkpoint, so that the
-two can be subtracted tensor by tensor), and `train/metrics.jsonl`.
+Out comes `train/adapter` (LoRA, with `train/checkpoints/step-N` for the ends of earlier epochs) or `train/model` (full
+tuning, float32 and named like the start checkpoint, so that the two can be subtracted tensor by tensor), and
+`train/metrics.jsonl`. Where base has never trained the rows of the chat format's marks, the tuning begins with
+Instruct's, and those lie beside what was tuned.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +41,7 @@ from transformers.pytorch_utils import Conv1D
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
+from core.durable import sync_files, sync_folder
 from core.errors import Cause, StepFailed
 from core.estimate import MICRO_BATCH_TOKENS
 from core.graft_plan import is_linear
@@ -56,6 +60,7 @@ from worker.chat_text import (
 from worker.progress import Metrics, ProgressWriter
 from worker.scoring import Score, score_rows, total
 from worker.steps import child
+from worker.weights.special_rows import StartRows, put_rows, row_numbers, rows_for_untrained, save_start_rows
 from worker.workspace import Workspace
 
 # TRL reports every trainer that is made to its makers unless told not to; a customer's run is nobody's business.
@@ -65,6 +70,18 @@ hub_constants.HF_HUB_DISABLE_TELEMETRY = True
 VALIDATION_ROWS = 200
 #: How often at most, so that many epochs over few rows stay training.
 MEASUREMENTS = 10
+#: Epochs' ends that are kept, counted from the last; the best one is kept besides.
+LAST_EPOCHS = 3
+#: What a checkpoint tells of its step: the keys of the fine-tuning contract.
+CHECKPOINT_METRICS = (
+    "step",
+    "train_loss",
+    "train_mean_token_accuracy",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    "full_valid_loss",
+    "full_valid_mean_token_accuracy",
+)
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -96,14 +113,18 @@ def main(workspace: Workspace, progress: ProgressWriter) -> dict[str, Any]:
     chat = ChatText.load(workspace.instruct, base=workspace.base if spec.tunes_base else None)
     plan = make_plan(workspace, spec, chat)
     model = load_start(workspace.start(spec), spec, plan)
+    rows = lend_rows(model, workspace, chat, plan, progress) if spec.tunes_base else {}
     watcher = Watcher(workspace.metrics, progress, plan.held_out.rows[:VALIDATION_ROWS], chat.pad_id, spec)
-    trainer = make_trainer(model, spec, chat, plan, watcher, workspace.step("train"))
+    keeper = EpochKeeper(watcher, workspace, spec, rows)
+    trainer = make_trainer(model, spec, chat, plan, [watcher, keeper], workspace.step("train"))
     announce(progress, plan, spec, trainer.model)
     seconds = run_trainer(trainer)
-    save(trainer.model, spec, workspace)
+    save(trainer.model, rows, spec, workspace)
     return {
         "steps": trainer.state.global_step,
         "trained_tokens": plan.labelled_tokens * spec.tuning.n_epochs,
+        "input_tokens": plan.input_tokens * spec.tuning.n_epochs,
+        "checkpoints": keeper.checkpoints,
         "rows": len(plan.training.rows),
         "rows_held_out": len(plan.held_out.rows),
         "final_train_loss": watcher.train_loss,
@@ -166,7 +187,25 @@ def load_start(folder: Path, spec: JobSpec, plan: Plan) -> Any:
     return model
 
 
-def make_trainer(model: Any, spec: JobSpec, chat: ChatText, plan: Plan, watcher: Watcher, folder: Path) -> SFTTrainer:
+def lend_rows(model: Any, workspace: Workspace, chat: ChatText, plan: Plan, progress: ProgressWriter) -> StartRows:
+    """Put Instruct's rows where base has never trained those of the marks in the training rows; which ones."""
+    marks = chat.marks_in(plan.training.rows)
+    rows = put_rows(model, rows_for_untrained(workspace.base, workspace.instruct, marks))
+    if rows:
+        numbers = row_numbers(rows)
+        tokens = chat.tokenizer.convert_ids_to_tokens(sorted({row for some in numbers.values() for row in some}))
+        progress.note(
+            f"The base model has never trained the rows of {', '.join(tokens)} in {' and '.join(numbers)}; the tuning "
+            "begins with the instruct model's rows for them.",
+            tokens=tokens,
+            start_rows=numbers,
+        )
+    return rows
+
+
+def make_trainer(
+    model: Any, spec: JobSpec, chat: ChatText, plan: Plan, callbacks: list[TrainerCallback], folder: Path
+) -> SFTTrainer:
     trainer = SFTTrainer(
         model=model,
         args=trainer_config(spec, plan, folder),
@@ -178,7 +217,7 @@ def make_trainer(model: Any, spec: JobSpec, chat: ChatText, plan: Plan, watcher:
         ),
         processing_class=chat.tokenizer,
         peft_config=adapter_config(spec, model) if spec.tuning.type == "lora" else None,
-        callbacks=[watcher],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -298,6 +337,8 @@ class Watcher(TrainerCallback):
         self.train_loss: float | None = None
         #: Over all tokens of the held-out rows, at the last measurement.
         self.valid_loss: float | None = None
+        #: What was measured at the last step.
+        self.last: dict[str, Any] = {}
         self._metrics_file = metrics_file
         self._progress = progress
         self._held_out = held_out
@@ -356,8 +397,61 @@ class Watcher(TrainerCallback):
     def _tell(self, metrics: Metrics) -> None:
         self._progress.write(metrics)
         measured = {key: value for key, value in msgspec.structs.asdict(metrics).items() if value is not None}
+        self.last = measured
         with self._metrics_file.open("ab") as file:
             file.write(msgspec.json.encode(measured) + b"\n")
+
+
+class EpochKeeper(TrainerCallback):
+    """Keeps what was measured at the ends of epochs, and of LoRA the adapter as it was there.
+
+    Kept are the last epochs and the one with the lowest validation loss. The state at the very end is the model that is
+    published, and it is saved as such.
+    """
+
+    def __init__(self, watcher: Watcher, workspace: Workspace, spec: JobSpec, rows: StartRows) -> None:
+        #: `{step, metrics}` of each that is kept, in the order of their steps.
+        self.checkpoints: list[dict[str, Any]] = []
+        self._watcher = watcher
+        self._workspace = workspace
+        self._spec = spec
+        self._rows = rows
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        step, is_last = state.global_step, state.global_step == state.max_steps
+        adapts = self._spec.tuning.type == "lora"
+        if not adapts and not is_last:  # a whole model for each epoch would be too much
+            return
+        if adapts and not is_last:
+            self._save(kwargs["model"], self._workspace.checkpoint(step))
+        metrics = {name: self._watcher.last[name] for name in CHECKPOINT_METRICS if name in self._watcher.last}
+        self.checkpoints.append({"step": step, "metrics": metrics})
+        for dropped in drop_old(self.checkpoints):
+            shutil.rmtree(self._workspace.checkpoint(dropped))
+
+    def _save(self, model: Any, folder: Path) -> None:
+        """Whole or not at all."""
+        aside = folder.with_name(f".{folder.name}.tmp")
+        save_adapter(model, self._rows, self._spec.start, aside)
+        sync_files(aside)
+        aside.rename(folder)
+        sync_folder(folder.parent)
+
+
+def drop_old(checkpoints: list[dict[str, Any]]) -> list[int]:
+    """Take out of the list what is neither among the last nor the best; the steps that were taken out."""
+    measured = [one for one in checkpoints if "valid_loss" in one["metrics"]]
+    best = min(measured, key=lambda one: one["metrics"]["valid_loss"], default=None)
+    kept = [one for one in checkpoints if one is best or one in checkpoints[-LAST_EPOCHS:]]
+    dropped = [one["step"] for one in checkpoints if one not in kept]
+    checkpoints[:] = kept
+    return dropped
 
 
 def measuring_steps(total_steps: int, measurements: int) -> set[int]:
@@ -387,25 +481,27 @@ def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def save(model: Any, spec: JobSpec, workspace: Workspace) -> None:
+def save(model: Any, rows: StartRows, spec: JobSpec, workspace: Workspace) -> None:
     if spec.tuning.type == "lora":
-        save_adapter(model, spec.start, workspace.adapter)
+        save_adapter(model, rows, spec.start, workspace.adapter)
     else:
-        save_tuned(model, workspace.tuned)
+        save_tuned(model, rows, workspace.tuned)
         require_same_tensors(workspace.tuned, workspace.start(spec))
 
 
-def save_adapter(model: Any, start: ModelSource, folder: Path) -> None:
+def save_adapter(model: Any, rows: StartRows, start: ModelSource, folder: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = public_name(start)
     model.peft_config["default"].revision = start.revision
     # "auto" would ask the Hub whether the vocabulary had grown; it never has here.
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink()  # PEFT's empty card, with this machine's path in it
+    save_start_rows(folder, rows)
     open_to_readers(folder)
 
 
-def save_tuned(model: Any, folder: Path) -> None:
+def save_tuned(model: Any, rows: StartRows, folder: Path) -> None:
     model.save_pretrained(folder)
+    save_start_rows(folder, rows)
     open_to_readers(folder)
 
 

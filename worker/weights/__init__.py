@@ -21,6 +21,8 @@ from worker.weights.figures import LOW_FIDELITY, Figures, remedy
 from worker.weights.graft import GraftResult, graft
 from worker.weights.origin import Origin, Provenance
 from worker.weights.save import DeltaResult, save_delta
+from worker.weights.similarity import OutOfTime, Similarity, band, measure_similarity, remark
+from worker.weights.special_rows import untrained_rows
 from worker.weights.verify import Verification, verify
 
 __all__ = [
@@ -33,12 +35,18 @@ __all__ = [
     "GraftResult",
     "LoraDelta",
     "Origin",
+    "OutOfTime",
     "Provenance",
     "SavedDelta",
     "Selection",
+    "Similarity",
     "Verification",
+    "band",
     "graft",
+    "measure_similarity",
+    "remark",
     "remedy",
     "save_delta",
+    "untrained_rows",
     "verify",
 ]

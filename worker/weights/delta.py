@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
@@ -23,6 +23,7 @@ from core.errors import PairRefused
 from core.graft_plan import GraftPlan, Selection, listed, plan_graft, plan_saved
 from worker.weights import tensors
 from worker.weights.arithmetic import Change
+from worker.weights.special_rows import StartRows, read_start_rows, require_fitting_rows, row_numbers
 from worker.weights.tensors import Buffer, Reader, Scratch
 
 Kind = Literal["full", "lora", "delta"]
@@ -74,6 +75,8 @@ class BoundDelta:
     #: What it reads, by role.
     readers: Mapping[str, Reader]
     checkpoints: Mapping[str, Mapping[str, TensorInfo]]
+    #: Rows of base in whose place the tuning began with Instruct's: by base's names.
+    start_rows: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 class Delta(Protocol):
@@ -98,7 +101,11 @@ class Delta(Protocol):
 
 @dataclass(frozen=True)
 class FullDelta:
-    """`tuned - base`, both subtracted in float32. `base` is the very start of the tuning, token patches included."""
+    """`tuned - base`, both subtracted in float32.
+
+    `base` is the start of the tuning. Rows of it in whose place the tuning began with others lie in `tuned`, and count
+    as base's wherever base is read (see `special_rows`): in the delta, in its cosine, in what is left out.
+    """
 
     base: Path
     tuned: Path
@@ -115,6 +122,8 @@ class FullDelta:
         plan = plan_graft(instruct, base, selection=selection)
         tuning = plan_graft(base, tuned, selection=Selection("all"), words=("base", "tuned base"))
         _refuse_untold(plan, tuning)
+        rows = read_start_rows(self.tuned)
+        require_fitting_rows(rows, base, self.tuned)
         common_rows = _common_rows(plan, tuning)
         base_reader, tuned_reader = Reader(self.base), Reader(self.tuned)
 
@@ -122,9 +131,9 @@ class FullDelta:
             return {
                 name: Difference(
                     Stored(reader, instruct.tensors[name]),
-                    Stored(base_reader, base.tensors[other]),
+                    _start(Stored(base_reader, base.tensors[other]), rows),
                     Stored(tuned_reader, tuned.tensors[tuning.grafted[other]]),
-                    elements=_common_elements(instruct.tensors[name], common_rows),
+                    elements=common_elements(instruct.tensors[name], common_rows),
                 )
                 for name, other in names.items()
                 if other in tuning.grafted
@@ -137,6 +146,7 @@ class FullDelta:
             remarks=(*plan.remarks, *_vocabulary_remarks(tuning)),
             readers={"base": base_reader, "tuned": tuned_reader},
             checkpoints={"base": base.tensors, "tuned": tuned.tensors},
+            start_rows=row_numbers(rows),
         )
 
 
@@ -206,6 +216,27 @@ class Stored:
         self.reader.announce(self.info, first, last)
 
 
+@dataclass(frozen=True)
+class Patched(Stored):
+    """A tensor of (R, C) with rows of (C,) float32 in place of those that are stored."""
+
+    rows: Mapping[int, Tensor]
+
+    def read32(self, first: int, last: int, raw: Buffer, into: Buffer) -> Tensor:
+        values = super().read32(first, last, raw, into)
+        columns = self.info.shape[1]
+        for number, row in self.rows.items():
+            start, end = max(first, number * columns), min(last, (number + 1) * columns)
+            if start < end:
+                values[start - first : end - first] = row[start - number * columns : end - number * columns]
+        return values
+
+
+def _start(stored: Stored, rows: StartRows) -> Stored:
+    patches = rows.get(stored.info.name)
+    return Patched(stored.reader, stored.info, patches) if patches else stored
+
+
 class Difference:
     """`tuned - base` of one tensor."""
 
@@ -240,13 +271,19 @@ class Difference:
     def _compare(self) -> bool:
         if self._instruct.info.dtype != self._base.info.dtype:
             return False
-        one, two = Buffer(), Buffer()
+        one, two = Scratch(), Scratch()
         for first in range(0, self._elements, self.grain):
             last = min(first + self.grain, self._elements)
-            here, there = self._instruct.read(first, last, one), self._base.read(first, last, two)
+            here, there = self._whole(self._instruct, first, last, one), self._whole(self._base, first, last, two)
             if not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
                 return False
         return True
+
+    def _whole(self, stored: Stored, first: int, last: int, scratch: Scratch) -> Tensor:
+        """As stored; in float32, which holds every value, where base has rows that are not."""
+        if isinstance(self._base, Patched):
+            return stored.read32(first, last, scratch.raw, scratch.base32)
+        return stored.read(first, last, scratch.raw)
 
 
 class SavedChange:
@@ -276,7 +313,8 @@ def _scaled(change: Tensor, scale: float, *, careful: bool) -> Tensor:
     return change if nothing is None else change.masked_fill_(nothing, 0.0)
 
 
-def _common_elements(info: TensorInfo, common_rows: Mapping[str, int]) -> int:
+def common_elements(info: TensorInfo, common_rows: Mapping[str, int]) -> int:
+    """Of Instruct's tensor: those that take part."""
     if info.name not in common_rows:
         return info.elements
     return common_rows[info.name] * (info.elements // info.shape[0])
@@ -310,6 +348,7 @@ class LoraDelta:
             remarks=plan.remarks,
             readers=readers,
             checkpoints={"adapter": adapter.tensors} | ({"base": base.tensors} if base else {}),
+            start_rows=row_numbers(read_start_rows(self.adapter)),
         )
 
 
@@ -330,7 +369,7 @@ class _Changes:
             return Product(self.factors, found, base, columns=info.shape[-1])
         assert base is not None  # noqa: S101 - the plan refuses whole modules without base
         saved = Stored(self.factors.reader, found.tensor)
-        elements = _common_elements(info, self.plan.common_rows)
+        elements = common_elements(info, self.plan.common_rows)
         return Difference(Stored(self.reader, info), base, saved, elements=elements)
 
 

@@ -12,11 +12,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 #: Below it, the owner is told that storage ate a part of the training (full tuning at a rate of 1e-5, stored in
 #: bfloat16, can lose a third and more).
 LOW_FIDELITY = 0.9
+
+T = TypeVar("T")
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
 
@@ -146,13 +148,18 @@ def remedy(kind: Literal["full", "lora", "delta"], output_dtype: str) -> str:
     return f"The rest is lost to rounding in the output's dtype; {wider}{whole}, keeps all of it."
 
 
-def _grouped(totals: Mapping[str, Sums], key: Callable[[str], str | None]) -> dict[str, Figures]:
-    groups: dict[str, list[Sums]] = defaultdict(list)
-    for name, sums in totals.items():
+def by_group(sums: Mapping[str, T], key: Callable[[str], str | None]) -> dict[str, list[T]]:
+    """What was summed of each tensor, under the key of its name, in natural order; None as a key leaves it out."""
+    groups: dict[str, list[T]] = defaultdict(list)
+    for name, one in sums.items():
         group = key(name)
         if group is not None:
-            groups[group].append(sums)
-    return {group: _figures(groups[group]) for group in sorted(groups, key=_natural)}
+            groups[group].append(one)
+    return {group: groups[group] for group in sorted(groups, key=_natural)}
+
+
+def _grouped(totals: Mapping[str, Sums], key: Callable[[str], str | None]) -> dict[str, Figures]:
+    return {group: _figures(found) for group, found in by_group(totals, key).items()}
 
 
 def _natural(group: str) -> tuple[int, str]:

@@ -286,10 +286,16 @@ def describe(
         "pair": provenance.pair,
         "sources": describe_sources(plan, provenance, out, hashed=hash_sources),
         "options": plan.options.as_json(plan.delta.kind),
+        **describe_start(plan),
         **asdict(measurement),
         "remarks": list(plan.bound.remarks),
         "versions": {"python": platform.python_version(), **versions("shadowft", "torch", "transformers", "peft")},
     }
+
+
+def describe_start(plan: Plan) -> dict[str, Any]:
+    """Which rows of base were Instruct's when the tuning began; nothing where none were."""
+    return {"start_rows": dict(plan.bound.start_rows)} if plan.bound.start_rows else {}
 
 
 def describe_sources(plan: Plan, provenance: Provenance, out: Path, *, hashed: bool) -> dict[str, Any]:

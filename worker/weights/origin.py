@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from core.checkpoints import ADAPTER_CONFIG_FILE, CONFIG_FILE
+from core.fingerprint import header_sha256, sampled_sha256
 from worker.weights.files import MANIFEST_FILE, sha256_of
+from worker.weights.special_rows import START_ROWS_FILE
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_LENGTH_BYTES = 8
-_SAMPLES, _SAMPLE_BYTES = 64, 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Provenance:
 
 
 def config_files(folder: Path) -> list[str]:
-    """What says how the weights are to be read."""
-    return [file for file in (CONFIG_FILE, ADAPTER_CONFIG_FILE) if (folder / file).is_file()]
+    """What says how the weights are to be read, and from where a tuning began."""
+    return [file for file in (CONFIG_FILE, ADAPTER_CONFIG_FILE, START_ROWS_FILE) if (folder / file).is_file()]
 
 
 def describe_weights(path: Path, *, hashed: bool) -> dict[str, Any]:
@@ -67,33 +66,10 @@ def describe_config(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def sampled_sha256(path: Path) -> str:
-    """Of the size and of 64 pieces of 64 KiB, evenly spread; of a smaller file, of all.
-
-    Enough to tell two checkpoints apart, in which training has moved every weight, without reading them.
-    """
-    size = path.stat().st_size
-    taken = hashlib.sha256(size.to_bytes(_LENGTH_BYTES, "little"))
-    step = max(_SAMPLE_BYTES, size // _SAMPLES)
-    with path.open("rb") as file:
-        for start in range(0, size, step):
-            file.seek(start)
-            taken.update(file.read(_SAMPLE_BYTES))
-    return taken.hexdigest()
-
-
 def fingerprint(path: Path) -> list[Any]:
     """What changes when the file does, without reading it. Not ctime, which another link to the file changes too."""
     status = path.stat()
     return [path.name, status.st_size, status.st_mtime_ns, status.st_ino]
-
-
-def header_sha256(path: Path) -> str:
-    """Of a safetensors file's header; of a file that is none, of as much as its first bytes would ask for."""
-    with path.open("rb") as file:
-        length = file.read(_LENGTH_BYTES)
-        asked = min(int.from_bytes(length, "little"), path.stat().st_size)
-        return hashlib.sha256(length + file.read(asked)).hexdigest()
 
 
 def _blob_sha256(path: Path) -> str | None:

@@ -12,7 +12,7 @@ from core.graft_plan import Selection
 from worker.weights.delta import FullDelta
 from worker.weights.figures import Tally
 from worker.weights.files import copy_file, draft_of, refuse_taken, write_json, write_manifest
-from worker.weights.graft import Options, Plan, describe_sources, planned, refuse_inside, versions
+from worker.weights.graft import Options, Plan, describe_sources, describe_start, planned, refuse_inside, versions
 from worker.weights.layout import Shard, plan_difference
 from worker.weights.origin import Provenance
 from worker.weights.writing import OnProgress, write_shards
@@ -73,6 +73,7 @@ def _describe(plan: Plan, provenance: Provenance, out: Path) -> dict[str, Any]:
         "format": 1,
         "method": "Shadow-FT (arXiv 2505.12716): tuned - base",
         "sources": {role: sources[role] for role in ("base", "tuned")},
+        **describe_start(plan),
         "dtype": "float32",
         "tensors": len(plan.bound.grafted),
         "versions": versions("shadowft", "torch"),

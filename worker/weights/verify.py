@@ -16,13 +16,13 @@ from typing import Any, get_args
 
 from core.checkpoints import DELTA_STEM
 from core.errors import InvalidInput
+from core.fingerprint import header_sha256, sampled_sha256
 from core.graft_plan import Selection
 from worker.weights.delta import Delta, FullDelta, LoraDelta, SavedDelta
 from worker.weights.figures import Tally
 from worker.weights.files import MANIFEST_FILE, json_bytes, sha256_of
 from worker.weights.graft import SHADOW_FILE, Options, planned
 from worker.weights.layout import OutputDtype, Shard, plan_difference
-from worker.weights.origin import header_sha256, sampled_sha256
 from worker.weights.recipe import Recipe
 from worker.weights.save import DELTA_DESCRIPTION, WHOLE
 from worker.weights.tensors import Reader, Scratch

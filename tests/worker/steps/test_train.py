@@ -94,6 +94,8 @@ def test_the_result_counts_what_was_done(lora):
     assert lora.result | {"seconds": 0, "tokens_per_second": 0, "peak_memory_bytes": 0} == {
         "steps": 8,
         "trained_tokens": 2 * labelled,
+        "input_tokens": 2 * input_tokens(lora),
+        "checkpoints": lora.result["checkpoints"],
         "rows": 32,
         "rows_held_out": 8,
         "final_train_loss": metrics(lora)[-1].train_loss,
@@ -104,6 +106,52 @@ def test_the_result_counts_what_was_done(lora):
         "micro_batch_size": 8,
         "peak_memory_bytes": 0,
     }
+
+
+def input_tokens(one):
+    (said,) = [line.data["tokens"] for line in one.heard if isinstance(line, Note) and "labelled_tokens" in line.data]
+    return said
+
+
+def test_the_ends_of_epochs_are_checkpoints_with_what_was_told_of_them(lora, full):
+    assert [one["step"] for one in lora.result["checkpoints"]] == [4, 8]
+    assert [one["step"] for one in full.result["checkpoints"]] == [8]  # the others would be whole models
+    for run_ in (lora, full):
+        told = {line.step: line for line in metrics(run_)}
+        for checkpoint in run_.result["checkpoints"]:
+            line, kept = told[checkpoint["step"]], checkpoint["metrics"]
+            assert kept == {name: getattr(line, name) for name in train.CHECKPOINT_METRICS}
+
+
+def test_the_adapter_of_an_earlier_epoch_is_kept_whole_and_the_last_one_is_the_adapter(lora, full):
+    kept = lora.workspace.checkpoint(4)
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    assert {path.name for path in kept.iterdir()} == {path.name for path in lora.workspace.adapter.iterdir()}
+    early, last = (load_file(folder / "adapter_model.safetensors") for folder in (kept, lora.workspace.adapter))
+    assert early.keys() == last.keys()
+    assert any(not torch.equal(early[name], last[name]) for name in early)
+    assert not full.workspace.checkpoint(4).parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        ([3, 2, 1], [0, 1, 2]),
+        ([4, 3, 2, 1], [1, 2, 3]),
+        ([1, 2, 3, 4], [0, 1, 2, 3]),
+        ([4, 1, 2, 3, 4, 5], [1, 3, 4, 5]),
+        ([None, None, None, None, None], [2, 3, 4]),
+        ([2, None, 3, None, None, None], [0, 3, 4, 5]),
+        ([1, 1, 2, 2, 2], [0, 2, 3, 4]),
+    ],
+)
+def test_the_last_epochs_are_kept_and_the_best_one(losses, kept):
+    checkpoints, gone = [], set()
+    for step, loss in enumerate(losses):
+        checkpoints.append({"step": step, "metrics": {} if loss is None else {"valid_loss": loss}})
+        gone |= set(train.drop_old(checkpoints))
+    assert [one["step"] for one in checkpoints] == kept
+    assert gone == set(range(len(losses))) - set(kept)
 
 
 def test_every_step_is_told_once_with_its_measurements(lora):
