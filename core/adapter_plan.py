@@ -25,6 +25,7 @@ from core.graft_plan import (
     canonical_names,
     embedding,
     head,
+    in_words,
     is_head,
     is_language,
     is_tied,
@@ -173,9 +174,9 @@ def plan_adapter(
     PairRefused: the change is not one of those that can be planned, or it does not fit, or the selection leaves
     nothing of it; it holds every reason.
     """
-    reasons = [*pattern_reasons(selection, instruct, "instruct"), *option_reasons(adapter.config)]
+    reasons = [*in_words(pattern_reasons(selection, instruct, "instruct")), *option_reasons(adapter.config)]
     lineage = None if base is None else Lineage(instruct, base, ("instruct", "base"))
-    reasons += quantisation_reasons(instruct, "instruct") if lineage is None else lineage.reasons()
+    reasons += in_words(quantisation_reasons(instruct, "instruct") if lineage is None else lineage.reasons())
     if adapter.config.get("peft_type") != "LORA" or _number_reasons(adapter.config):
         raise PairRefused(reasons)  # its tensors cannot be read
     parts = _parts_of(adapter)
@@ -511,13 +512,13 @@ class _Planner:
         return reasons
 
     def remarks(self, grafted: Mapping[str, object]) -> list[str]:
-        found = [] if self._lineage is None else self._lineage.remarks()
+        found = [] if self._lineage is None else in_words(self._lineage.remarks())
         if self._lineage is None and self._renamed is not None:
             theirs, ours = self._renamed
             found.append(f"the names differ by a prefix: {ours} in instruct and {theirs} in the adapter")
         for name, (own, rows) in self._row_counts.items():
             taken = self.common_rows[name] if name in grafted else 0
-            found.append(vocabulary_remark(f"{own} in instruct and {rows} in the adapter", taken, "instruct"))
+            found.append(vocabulary_remark(f"{own} in instruct and {rows} in the adapter", taken, "instruct").words)
         if any(self._shared_for(name) for name in grafted):
             found.append(
                 "instruct ties its head to its embedding: the graft changes both, the unmerged adapter only one of them"

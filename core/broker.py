@@ -16,10 +16,10 @@ from kombu.transport import TRANSPORT_ALIASES
 
 from core.config import Settings, get_settings
 
-TaskName = Literal["work", "admit", "check_file"]
+TaskName = Literal["work", "admit", "check_file", "check_pair"]
 
 #: The queue on which each task runs: hours of GPU time, or seconds of a CPU.
-QUEUE_OF: dict[TaskName, str] = {"work": "jobs", "admit": "light", "check_file": "light"}
+QUEUE_OF: dict[TaskName, str] = {"work": "jobs", "admit": "light", "check_file": "light", "check_pair": "light"}
 
 #: A nudge is given up after this long: the sweep will repeat it.
 NUDGE_TIMEOUT_SECONDS = 2.0

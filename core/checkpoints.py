@@ -17,12 +17,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from core.errors import InvalidInput, Unavailable
-from core.hub import HUB_TIMEOUT_SECONDS, hub_errors
+from core.hub import HUB_TIMEOUT_SECONDS, hub_errors, readable_snapshot
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -89,6 +89,8 @@ MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 
 _HUB_THREADS = 8
+#: Each costs two requests; the largest models have a few hundred.
+MAX_HUB_SHARDS = 2000
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,15 @@ def read_delta(folder: Path) -> Checkpoint:
         return Checkpoint(str(folder), config, _read_weights(folder, DELTA_FILE, DELTA_INDEX_FILE))
 
 
+def read_side_file(folder: Path, file: str) -> dict[str, Any] | None:
+    """A JSON file beside the weights, such as the generation config; None where there is none.
+
+    Raises as for a model.
+    """
+    with _disk_errors(folder):
+        return _read_json(folder, file) if (folder / file).exists() else None
+
+
 def read_adapter(folder: Path) -> AdapterHeader:
     """Read the PEFT adapter in `folder`. InvalidInput: it is missing, damaged, or kept as a pickle only."""
     with _disk_errors(folder):
@@ -199,15 +210,40 @@ def read_adapter(folder: Path) -> AdapterHeader:
         return AdapterHeader(str(folder), config, _by_name(_read_header(folder, ADAPTER_FILE), folder.name))
 
 
+def read_tensors(folder: Path, file: str) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file. Raises as for a model."""
+    with _disk_errors(folder):
+        return _by_name(_read_header(folder, file), folder.name)
+
+
 def read_hub_checkpoint(repo_id: str, revision: str, *, cache_dir: Path) -> Checkpoint:
     """Read a Hub model without downloading its weights; config and index are kept in `cache_dir`.
 
-    The Hub's client reads `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` by itself.
+    A commit that lies in the cache is read from there, without a request. The Hub's client reads `HF_TOKEN`,
+    `HF_ENDPOINT` and `HF_HUB_OFFLINE` by itself.
     InvalidInput: the repository is unknown, gated or not usable. Unavailable: the Hub cannot be reached just now.
     """
+    if (there := readable_snapshot(cache_dir, repo_id, revision)) is not None:
+        found = read_checkpoint(there.folder)
+        _refuse_code(repo_id, found.config, [name for name in there.left_out if "/" not in name])
+        return replace(found, location=f"{repo_id}@{revision}")
     with hub_errors(repo_id, revision):
         config, tensors = _fetch(repo_id, revision, cache_dir)
     return Checkpoint(f"{repo_id}@{revision}", config, tensors)
+
+
+def read_hub_side_file(repo_id: str, revision: str, file: str, *, cache_dir: Path) -> dict[str, Any] | None:
+    """`read_side_file` of a Hub model. Raises as for a Hub model."""
+    if (there := readable_snapshot(cache_dir, repo_id, revision)) is not None:
+        return read_side_file(there.folder, file)
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    with hub_errors(repo_id, revision):
+        try:
+            return _fetch_json(HfApi(), repo_id, file, revision, cache_dir)
+        except RemoteEntryNotFoundError:
+            return None
 
 
 # --- one file ---------------------------------------------------------------------------------------------------------
@@ -374,8 +410,7 @@ def _fetch(repo_id: str, revision: str, cache_dir: Path) -> tuple[dict[str, Any]
     names = {sibling.rfilename for sibling in info.siblings or []}
 
     def fetch_json(file: str) -> dict[str, Any]:
-        path = api.hf_hub_download(repo_id, file, revision=revision, cache_dir=cache_dir)
-        return _strict_json(Path(path).read_bytes(), f"{repo_id}/{file}")
+        return _fetch_json(api, repo_id, file, revision, cache_dir)
 
     def fetch_header(file: str) -> list[TensorInfo]:
         return _fetch_header(api, repo_id, file, revision)
@@ -387,11 +422,18 @@ def _fetch(repo_id: str, revision: str, cache_dir: Path) -> tuple[dict[str, Any]
     if INDEX_FILE not in names:
         raise _no_safetensors(repo_id)
     shard_of = _shards_by_tensor(fetch_json(INDEX_FILE), f"{repo_id}/{INDEX_FILE}")
+    if len(set(shard_of.values())) > MAX_HUB_SHARDS:
+        raise _damaged(f"{repo_id}/{INDEX_FILE}", f"it names more than {MAX_HUB_SHARDS} files")
     with ThreadPoolExecutor(_HUB_THREADS) as pool:
         headers = list(pool.map(fetch_header, sorted(set(shard_of.values()))))
     tensors = _by_name((info for header in headers for info in header), repo_id)
     _compare_index(shard_of, tensors, f"{repo_id}/{INDEX_FILE}")
     return config, tensors
+
+
+def _fetch_json(api: Any, repo_id: str, file: str, revision: str, cache_dir: Path) -> dict[str, Any]:
+    path = Path(api.hf_hub_download(repo_id, file, revision=revision, cache_dir=cache_dir))
+    return _strict_json(path.read_bytes(), f"{repo_id}/{file}")
 
 
 def _fetch_header(api: Any, repo_id: str, file: str, revision: str) -> list[TensorInfo]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import dropwhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.checkpoints import Checkpoint, TensorInfo
 from core.errors import PairRefused
@@ -92,6 +92,14 @@ MAX_ROWS_RATIO = 1.25
 _EXAMPLES = 3
 
 
+class Reason(NamedTuple):
+    """Why a pair is refused, or what is remarkable about it."""
+
+    #: Stable: a program tells one kind from the others by it.
+    code: str
+    words: str
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which tensors of Instruct take part."""
@@ -148,15 +156,14 @@ def plan_graft(
     holds every reason.
     """
     lineage = Lineage(instruct, base, words)
-    shared = lineage.shared
-    grafted = {name: other for name, other in shared.items() if selection.takes(instruct.tensors[name])}
-    reasons = [*pattern_reasons(selection, instruct, words[0]), *lineage.reasons(), *_dtype_reasons(lineage, grafted)]
-    if not grafted:
-        reasons.append(f"no tensor of {words[0]} is in {selection} and in {words[1]} too")
+    grafted = _taken(lineage, selection)
+    reasons = _reasons(lineage, selection, grafted)
     if reasons:
-        raise PairRefused(reasons)
+        raise PairRefused(in_words(reasons))
     discarded = {
-        name: other for name, other in shared.items() if name not in grafted and lineage.can_be_grafted(name, other)
+        name: other
+        for name, other in lineage.shared.items()
+        if name not in grafted and lineage.can_be_grafted(name, other)
     }
     return GraftPlan(
         selection=selection,
@@ -164,8 +171,39 @@ def plan_graft(
         discarded=discarded,
         copied=tuple(name for name in instruct.tensors if name not in grafted),
         common_rows=lineage.common_rows(),
-        remarks=(*lineage.remarks(), *lineage.vocabulary_remarks(grafted)),
+        remarks=tuple(in_words(_remarks(lineage, grafted))),
     )
+
+
+def judge(instruct: Checkpoint, base: Checkpoint, selection: Selection) -> tuple[list[Reason], list[Reason]]:
+    """What `plan_graft` would refuse the two for, and the remarks that it would make; each with its code."""
+    lineage = Lineage(instruct, base, ("instruct", "base"))
+    grafted = _taken(lineage, selection)
+    return _reasons(lineage, selection, grafted), _remarks(lineage, grafted)
+
+
+def _taken(lineage: Lineage, selection: Selection) -> dict[str, str]:
+    tensors = lineage.left.tensors
+    return {name: other for name, other in lineage.shared.items() if selection.takes(tensors[name])}
+
+
+def _reasons(lineage: Lineage, selection: Selection, grafted: dict[str, str]) -> list[Reason]:
+    left, right = lineage.words
+    none = Reason("nothing_to_graft", f"no tensor of {left} is in {selection} and in {right} too")
+    return [
+        *pattern_reasons(selection, lineage.left, left),
+        *lineage.reasons(),
+        *_dtype_reasons(lineage, grafted),
+        *([] if grafted else [none]),
+    ]
+
+
+def _remarks(lineage: Lineage, grafted: dict[str, str]) -> list[Reason]:
+    return [*lineage.remarks(), *lineage.vocabulary_remarks(grafted)]
+
+
+def in_words(reasons: Iterable[Reason]) -> list[str]:
+    return [reason.words for reason in reasons]
 
 
 def plan_saved(instruct: Checkpoint, delta: Checkpoint, *, selection: Selection = Selection()) -> GraftPlan:
@@ -254,7 +292,7 @@ class Lineage:
                 found[name] = min(left[0], right[0])
         return found
 
-    def reasons(self) -> list[str]:
+    def reasons(self) -> list[Reason]:
         left, right = self.words
         return [
             *quantisation_reasons(self.left, left),
@@ -276,7 +314,7 @@ class Lineage:
             return True
         return is_vocabulary(name) and self._both_tied()
 
-    def _architecture_reasons(self) -> list[str]:
+    def _architecture_reasons(self) -> list[Reason]:
         left, right = self.left.text_config, self.right.text_config
         differing = [
             (key, left[key], right[key])
@@ -285,7 +323,10 @@ class Lineage:
         ]
         if _model_type(left) != _model_type(right):
             differing.insert(0, ("model_type", _model_type(left), _model_type(right)))
-        return [f"other architecture: {key} is {self._against(one, two)}" for key, one, two in differing]
+        return [
+            Reason("other_architecture", f"other architecture: {key} is {self._against(one, two)}")
+            for key, one, two in differing
+        ]
 
     def _row_counts(self) -> list[tuple[int | None, int | None]]:
         """The two vocabularies' sizes, once for each way in which embeddings and heads show them."""
@@ -293,51 +334,51 @@ class Lineage:
         rows = [(left[0], right[0]) for left, right in shapes if alike_but_rows(left, right)]
         return list(dict.fromkeys(rows)) or [(_vocabulary(self.left), _vocabulary(self.right))]
 
-    def _vocabulary_reasons(self) -> list[str]:
+    def _vocabulary_reasons(self) -> list[Reason]:
         return [
-            f"other vocabulary: the entries are {self._against(one, two)}"
+            Reason("other_vocabulary", f"other vocabulary: the entries are {self._against(one, two)}")
             for one, two in self._row_counts()
             if not same_vocabulary(one, two)
         ]
 
-    def _tying_reasons(self) -> list[str]:
+    def _tying_reasons(self) -> list[Reason]:
         if is_tied(self.left) == is_tied(self.right):
             return []
         tied = self.words[0] if is_tied(self.left) else self.words[1]
         remedy = f"take two models of one release, or save {tied} with a head of its own and tie_word_embeddings false"
-        return [f"only {tied} ties its head to its embedding; {remedy}"]
+        return [Reason("only_one_tied", f"only {tied} ties its head to its embedding; {remedy}")]
 
-    def _absence_reasons(self, names: list[str], have: str, lack: str, lacking: Checkpoint) -> list[str]:
+    def _absence_reasons(self, names: list[str], have: str, lack: str, lacking: Checkpoint) -> list[Reason]:
         if not names:
             return []
         reason = f"{len(names)} tensors of {have} are missing in {lack}: {listed(names)}"
-        if not any(map(is_head, names)) or is_tied(lacking):  # of one that ties, `_tying_reasons` tells
-            return [reason]
-        return [f"{reason}; {lack} stores no such head: save it with its head, as AutoModelForCausalLM does"]
+        if any(map(is_head, names)) and not is_tied(lacking):  # of one that ties, `_tying_reasons` tells
+            reason += f"; {lack} stores no such head: save it with its head, as AutoModelForCausalLM does"
+        return [Reason("missing_tensors", reason)]
 
-    def _shape_reasons(self) -> list[str]:
+    def _shape_reasons(self) -> list[Reason]:
         differing = [
             f"{name} {list(left)} against {list(right)}"
             for name, (left, right) in ((name, self._shapes(name, other)) for name, other in self.shared.items())
             # The number of rows of a vocabulary is judged by `_vocabulary_reasons`.
             if left != right and not (is_vocabulary(name) and alike_but_rows(left, right)) and not is_buffer(name)
         ]
-        return [f"other shapes: {listed(differing)}"] if differing else []
+        return [Reason("other_shapes", f"other shapes: {listed(differing)}")] if differing else []
 
-    def remarks(self) -> list[str]:
+    def remarks(self) -> list[Reason]:
         found = []
         left, right = self.left.dtypes, self.right.dtypes
         if left and right and left[0] != right[0]:
-            found.append(f"stored mostly in {self._against(left[0], right[0])}")
+            found.append(Reason("other_dtype", f"stored mostly in {self._against(left[0], right[0])}"))
         renamed = [(name, other) for name, other in self.shared.items() if name != other]
         prefixed = [(name, other) for name, other in renamed if canonical_name(name) == canonical_name(other)]
         if prefixed:
-            found.append(f"the names differ by a prefix: {self._against(*prefixed[0])}")
+            found.append(Reason("other_prefix", f"the names differ by a prefix: {self._against(*prefixed[0])}"))
         if self._both_tied() and (head(self.left) is None) != (head(self.right) is None):
-            found.append("only one of the two stores the tied head")
+            found.append(Reason("tied_head_stored_once", "only one of the two stores the tied head"))
         return found
 
-    def vocabulary_remarks(self, grafted: Iterable[str]) -> list[str]:
+    def vocabulary_remarks(self, grafted: Iterable[str]) -> list[Reason]:
         """What becomes of rows that only one of the two has."""
         common = self.common_rows()
         taken = any(name in common for name in grafted)
@@ -364,16 +405,19 @@ def alike_but_rows(one: tuple[int, ...], two: tuple[int, ...]) -> bool:
     return len(one) == len(two) > 0 and one[1:] == two[1:]
 
 
-def vocabulary_remark(counts: str, grafted_rows: int, keeper: str) -> str:
+def vocabulary_remark(counts: str, grafted_rows: int, keeper: str) -> Reason:
     fate = f"the first {grafted_rows} are grafted, the others stay those of {keeper}"
-    return f"the rows of the vocabulary are {counts}: " + (fate if grafted_rows else f"all stay those of {keeper}")
+    fate = fate if grafted_rows else f"all stay those of {keeper}"
+    return Reason("other_row_count", f"the rows of the vocabulary are {counts}: {fate}")
 
 
-def pattern_reasons(selection: Selection, checkpoint: Checkpoint, word: str) -> list[str]:
+def pattern_reasons(selection: Selection, checkpoint: Checkpoint, word: str) -> list[Reason]:
     """One reason for each pattern that matches no tensor at all: a slip of the pen, which would be silent otherwise."""
     patterns = [("include", one) for one in selection.include] + [("exclude", one) for one in selection.exclude]
     return [
-        f"the {kind} pattern {pattern!r} matches no tensor of {word}{_near(pattern, checkpoint)}"
+        Reason(
+            "unknown_pattern", f"the {kind} pattern {pattern!r} matches no tensor of {word}{_near(pattern, checkpoint)}"
+        )
         for kind, pattern in patterns
         if not any(fnmatchcase(name, pattern) for name in checkpoint.tensors)
     ]
@@ -387,25 +431,29 @@ def _near(pattern: str, checkpoint: Checkpoint) -> str:
     return f"; did you mean {' or '.join(repr(one) for one in near)}?" if near else ""
 
 
-def quantisation_reasons(checkpoint: Checkpoint, word: str) -> list[str]:
+def quantisation_reasons(checkpoint: Checkpoint, word: str) -> list[Reason]:
     parts = (checkpoint.config, checkpoint.text_config)
     stated = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
     if stated:
         method = stated.get("quant_method", "unknown method") if isinstance(stated, dict) else stated
-        return [f"{word} is quantised ({method}); take the unquantised model"]
+        return [Reason("quantised_checkpoint", f"{word} is quantised ({method}); take the unquantised model")]
     packed = [
         f"{name} ({info.dtype})"
         for name, info in checkpoint.tensors.items()
         if _PACKED.search(name) is not None or (is_linear(name) and not info.is_float)
     ]
-    return [f"{word} holds packed weights: {listed(packed)}; take the unquantised model"] if packed else []
+    if not packed:
+        return []
+    said = f"{word} holds packed weights: {listed(packed)}; take the unquantised model"
+    return [Reason("quantised_checkpoint", said)]
 
 
-def _dtype_reasons(lineage: Lineage, grafted: dict[str, str]) -> list[str]:
+def _dtype_reasons(lineage: Lineage, grafted: dict[str, str]) -> list[Reason]:
     infos = [(lineage.words[0], lineage.left.tensors[name]) for name in grafted]
     infos += [(lineage.words[1], lineage.right.tensors[other]) for other in grafted.values()]
     foreign = [f"{info.name} in {word} ({info.dtype})" for word, info in infos if info.dtype not in GRAFTABLE]
-    return [f"stored in a dtype that cannot be grafted: {listed(foreign)}"] if foreign else []
+    said = f"stored in a dtype that cannot be grafted: {listed(foreign)}"
+    return [Reason("foreign_dtype", said)] if foreign else []
 
 
 # --- a checkpoint's own properties ------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""validating_files -> queued: the files are ready, revisions are pinned, headers agree, every `auto` has its number.
+"""validating_files -> queued: the files are ready, revisions pinned, the pair is checked, every `auto` has its number.
 
 A graft is planned here as well, from the target's headers and those of the published change.
 
-Nothing here needs a GPU or torch, so that a job that cannot succeed is refused before it costs one.
+Nothing here needs a GPU, so that a job that cannot succeed is refused before it costs one.
 """
 
 from __future__ import annotations
@@ -25,29 +25,23 @@ from core.broker import nudge
 from core.checkpoints import Checkpoint, read_adapter, read_checkpoint, read_delta, read_hub_checkpoint
 from core.errors import Cause, InvalidInput, PairRefused, ShadowError
 from core.estimate import GRAFT_BYTES, comparing_memory_bytes, training_memory_bytes
-from core.graft_plan import GraftPlan, Selection, is_linear, plan_graft, plan_saved, smallest_linear_dimension
-from core.hub import pin
+from core.graft_plan import Selection, plan_graft, plan_saved
 from core.job_spec import (
-    DataSource,
     DeltaSource,
-    Evaluation,
     Graft,
     JobSpec,
     ModelSource,
     PairSource,
     Publish,
-    Tuning,
 )
 from core.jobs import NewEvent
 from core.models import File, Job, Team
+from core.resolve import make_spec, model_name, require_something_to_learn, selection_of
 from core.storage import Storage
+from core.verdict import FirstStage, examine, verdict_of
+from worker.lease import Draining
+from worker.pair_check import Report, check_for_job, of_first_stage, settle
 from worker.pipeline import Context
-
-#: The paper's recipe (arXiv 2505.12716, and its code).
-PAPER_EPOCHS = 1
-PAPER_BATCH_SIZE = 32
-PAPER_RANK = 128
-PAPER_LEARNING_RATE = {"lora": 2e-4, "full": 1e-5}
 
 log = structlog.get_logger(__name__)
 
@@ -60,6 +54,18 @@ class Admission:
     cpu_bytes: int
     gpu_bytes: int
     notes: Sequence[NewEvent]
+    #: What the job keeps of its pair's check; None for a graft, whose target is planned for by itself.
+    pair_check: dict[str, Any] | None = None
+
+
+class _UnfitPair(PairRefused):
+    """The check of a job's pair refused it."""
+
+    def __init__(self, report: Report) -> None:
+        refusing = [finding for finding in report.findings if finding.level == "refuse"]
+        super().__init__([finding.message.rstrip(".") for finding in refusing])
+        self.hint = " ".join(dict.fromkeys(finding.remedy for finding in refusing if finding.remedy))
+        self.pair_check = report.for_job()
 
 
 def admit_waiting(context: Context) -> int:
@@ -77,6 +83,10 @@ def _admit(context: Context, job_id: str) -> bool:
             team = session.get_one(Team, job.team_id)
             weigh = _to_weigh(session, job, team)
         return weigh is not None and _let_in(context, job_id, weigh(context))
+    except Draining:  # another worker admits it, or this one after its restart
+        return False
+    except _UnfitPair as error:
+        return _turn_down(context, job_id, error.cause, pair_check=error.pair_check)
     except ShadowError as error:
         return _turn_down(context, job_id, error.cause)
     except OperationalError:  # the database is away: the sweep asks again
@@ -88,13 +98,13 @@ def _admit(context: Context, job_id: str) -> bool:
         structlog.contextvars.unbind_contextvars("job_id")
 
 
-def _turn_down(context: Context, job_id: str, cause: Cause) -> bool:
+def _turn_down(context: Context, job_id: str, cause: Cause, *, pair_check: dict[str, Any] | None = None) -> bool:
     with context.database.writing() as session:
         if cause.retryable:  # the Hub is away, say
             jobs.postpone(session, job_id, cause, max_retries=context.settings.max_infra_retries)
             refused = False
         else:
-            refused = jobs.refuse(session, job_id, cause)
+            refused = jobs.refuse(session, job_id, cause, pair_check=pair_check)
         session.commit()
     log.info("job_refused" if refused else "admission_delayed", code=cause.code, cause=cause.message)
     return refused
@@ -127,6 +137,7 @@ def _let_in(context: Context, job_id: str, admission: Admission) -> bool:
             admission.spec,
             memory_bytes=admission.cpu_bytes,
             gpu_memory_bytes=admission.gpu_bytes,
+            pair_check=admission.pair_check,
             notes=admission.notes,
         )
         session.commit()
@@ -139,120 +150,59 @@ def _let_in(context: Context, job_id: str, admission: Admission) -> bool:
 
 
 def weigh_fine_tune(context: Context, *, job: Job, team: Team, files: dict[str, File]) -> Admission:
-    pair = _pinned(PairSource.model_validate(job.request["pair"]))
-    cache = context.settings.model_cache_dir
-    base, instruct = _headers(pair.base, cache), _headers(pair.instruct, cache)
-    start = base if job.request["shadow"]["strategy"] == "shadow" else instruct
+    first = _first_stage(context, job)
+    if verdict_of(first.findings) == "refuse":
+        raise _UnfitPair(of_first_stage(first))
+    pair = PairSource(name=job.request["pair"]["name"], base=first.base, instruct=first.instruct)
+    instruct = first.heads["instruct"].checkpoint
+    # Direct tuning is the same graft with Instruct in the place of Base.
+    start = first.heads.get("base", first.heads["instruct"]).checkpoint
     report: dict[str, Any] = files[job.training_file_id].report  # type: ignore[assignment]  # a processed file has one
     rows = report["rows"]
     spec = make_spec(job, files, pair=pair, team_name=team.name, start=start, rows=rows)
-    # Direct tuning is the same graft with Instruct in the place of Base.
     plan = plan_graft(instruct, start, selection=selection_of(spec))
-    _require_something_to_learn(spec, plan)
+    require_something_to_learn(spec, plan)
     cpu_bytes, gpu_bytes = (
         training_memory_bytes(
             start, spec.tuning, rows=rows, longest_row=report["longest_row"]["characters"], device=device
         )
         for device in ("cpu", "cuda")
     )
-    return Admission(spec, cpu_bytes, gpu_bytes, [*_remarks(plan.remarks), _chosen(spec)])
+    checked = check_for_job(context, first, job_id=job.id, team_id=team.id, pair=pair)
+    if checked.verdict == "refuse":
+        raise _UnfitPair(checked)
+    notes = [*_remarks(plan.remarks), *_verdict(checked), _chosen(spec)]
+    return Admission(spec, cpu_bytes, gpu_bytes, notes, checked.for_job())
 
 
-def selection_of(spec: JobSpec) -> Selection:
-    return Selection(spec.scope, spec.graft.include, spec.graft.exclude)
+def _first_stage(context: Context, job: Job) -> FirstStage:
+    pair = PairSource.model_validate(job.request["pair"])
+    shadow = job.request["shadow"]
+    direct, graft = shadow["strategy"] == "direct", shadow["graft"]
+    return examine(
+        pair.base,
+        pair.instruct,
+        settle=partial(settle, context),
+        cache=context.settings.model_cache_dir,
+        selection=Selection("all" if direct else graft["scope"], tuple(graft["include"]), tuple(graft["exclude"])),
+        without_base=direct,
+    )
 
 
-def _require_something_to_learn(spec: JobSpec, plan: GraftPlan) -> None:
-    """LoRA moves the weights of linears alone, so a graft of none of them would train in vain."""
-    if spec.tuning.type == "lora" and not any(name.endswith("weight") and is_linear(name) for name in plan.grafted):
-        raise InvalidInput(
-            f"LoRA changes the weights of linears alone, and the patterns leave none of them to graft: include "
-            f"{list(spec.graft.include)}, exclude {list(spec.graft.exclude)}. Widen them, or use full tuning.",
-            param="shadow.graft.include",
-        )
+def _verdict(report: Report) -> list[NewEvent]:
+    warnings = [finding for finding in report.findings if finding.level == "warn"]
+    if not warnings:
+        return [NewEvent("The pair was checked, and nothing speaks against it", data={"verdict": report.verdict})]
+    return [
+        NewEvent(f"Pair check: {finding.message} {finding.remedy}".strip(), "warn", data=finding.as_dict())
+        for finding in warnings
+    ]
 
 
 def _remarks(remarks: Sequence[str]) -> list[NewEvent]:
     if not remarks:
         return []
     return [NewEvent(f"The models differ, harmlessly: {'; '.join(remarks)}", data={"remarks": list(remarks)})]
-
-
-def make_spec(
-    job: Job, files: dict[str, File], *, pair: PairSource, team_name: str, start: Checkpoint, rows: int
-) -> JobSpec:
-    """Every choice made. `start` is the checkpoint that will be tuned."""
-    shadow = job.request["shadow"]
-    evaluation = shadow["evaluation"]
-    return JobSpec(
-        job_id=job.id,
-        kind="fine_tune",
-        strategy=shadow["strategy"],
-        pair=pair,
-        training=_source(files[job.training_file_id]),
-        validation=_source(files[job.validation_file_id]) if job.validation_file_id else None,
-        holdout_ratio=evaluation["holdout_ratio"],
-        seed=job.seed,
-        tuning=_tuning(job.request, start, rows),
-        graft=Graft.model_validate(shadow["graft"]),
-        evaluation=Evaluation(
-            scales=tuple(evaluation["scales"]),
-            exact_match=evaluation["exact_match"],
-            max_rows=evaluation["max_rows"],
-            max_new_tokens=evaluation["max_new_tokens"],
-            probes={name: _source(files[file_id]) for name, file_id in evaluation["probes"].items()},
-        ),
-        publish=Publish.model_validate(shadow.get("publish", {})),  # a job from before this option waits without it
-        fine_tuned_model=_model_name(job, pair, team_name),
-    )
-
-
-def _model_name(job: Job, pair: PairSource, team_name: str) -> str:
-    return f"ft:{pair.name}:{team_name}:{job.suffix or ''}:{job.id[-8:]}"
-
-
-def _tuning(request: dict[str, Any], start: Checkpoint, rows: int) -> Tuning:
-    asked, hyperparameters = request["shadow"]["tuning"], request["hyperparameters"]
-    rank = _rank(asked, start)
-    return Tuning(
-        type=asked["type"],
-        n_epochs=_or(hyperparameters["n_epochs"], PAPER_EPOCHS),
-        batch_size=_or(hyperparameters["batch_size"], min(PAPER_BATCH_SIZE, rows)),
-        learning_rate=_learning_rate(asked, hyperparameters),
-        lr_scheduler=asked["lr_scheduler"],
-        warmup_ratio=asked["warmup_ratio"],
-        weight_decay=asked["weight_decay"],
-        max_grad_norm=asked["max_grad_norm"],
-        max_length=asked["max_length"],
-        precision=asked["precision"],
-        rank=rank,
-        alpha=_or(asked["alpha"], 2 * rank) if rank else 0,
-        dropout=asked["dropout"] if rank else 0.0,
-    )
-
-
-def _rank(asked: dict[str, Any], start: Checkpoint) -> int:
-    """0 for full tuning. `auto` is the paper's, or the smallest dimension of a linear where that is smaller."""
-    if asked["type"] == "full":
-        return 0
-    smallest = smallest_linear_dimension(start)
-    rank: int = _or(asked["rank"], min(PAPER_RANK, smallest))
-    if rank > smallest:
-        raise InvalidInput(
-            f"shadow.tuning.rank is {rank}, but the smallest linear of the model has dimension {smallest}: a larger "
-            "rank adds nothing. Use that or less, or full tuning.",
-            param="shadow.tuning.rank",
-        )
-    return rank
-
-
-def _learning_rate(asked: dict[str, Any], hyperparameters: dict[str, Any]) -> float:
-    chosen: float = _or(asked["learning_rate"], PAPER_LEARNING_RATE[asked["type"]])
-    return chosen * float(_or(hyperparameters["learning_rate_multiplier"], 1.0))
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value == "auto" else value
 
 
 def _chosen(spec: JobSpec) -> NewEvent:
@@ -265,10 +215,6 @@ def _chosen(spec: JobSpec) -> NewEvent:
     )
 
 
-def _source(file: File) -> DataSource:
-    return DataSource(file_id=file.id, filename=file.filename, storage_key=file.storage_key, sha256=file.sha256)
-
-
 # --- a graft --------------------------------------------------------------------------------------------------------
 
 
@@ -277,11 +223,11 @@ def weigh_graft(context: Context, *, job: Job, team: Team, learned: JobSpec, dat
     file that has been deleted since."""
     delta = DeltaSource.model_validate(job.request["delta"])
     target = PairSource.model_validate(job.request["pair"])
-    pair = PairSource(name=target.name, base=learned.start, instruct=pin(target.instruct))
+    pair = PairSource(name=target.name, base=learned.start, instruct=settle(context, target.instruct, param="target"))
     spec = make_graft_spec(job, learned, delta, pair=pair, team_name=team.name, left_out=_left_out(job, data))
     cache = context.settings.model_cache_dir
     instruct = _headers(pair.instruct, cache)
-    base = _headers_if_there(pair.base, cache) if delta.kind == "adapter" else None  # a saved delta has base's config
+    base = _headers_if_there(context, pair.base) if delta.kind == "adapter" else None  # a saved delta has base's config
     notes = _remarks(plan_delta(delta, instruct, base, selection_of(spec), context.storage))
     if delta.kind == "adapter" and base is None:
         notes.append(
@@ -319,7 +265,7 @@ def make_graft_spec(
             "evaluation": learned.evaluation.model_copy(update=compared),
             "publish": Publish(),
             "delta": delta,
-            "fine_tuned_model": _model_name(job, pair, team_name),
+            "fine_tuned_model": model_name(job, pair, team_name),
         }
     )
 
@@ -337,10 +283,10 @@ def _longest_row(file: File) -> int:
     return characters
 
 
-def _headers_if_there(source: ModelSource, cache: Path) -> Checkpoint | None:
+def _headers_if_there(context: Context, source: ModelSource) -> Checkpoint | None:
     """None for a model that is gone: an adapter can be grafted without it."""
     try:
-        return _headers(source, cache)
+        return _headers(settle(context, source), context.settings.model_cache_dir)
     except InvalidInput:
         return None
 
@@ -399,10 +345,6 @@ def _ready_files(session: Session, job: Job) -> dict[str, File] | None:
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
-
-
-def _pinned(pair: PairSource) -> PairSource:
-    return pair.model_copy(update={"base": pin(pair.base), "instruct": pin(pair.instruct)})
 
 
 def _headers(source: ModelSource, cache: Path) -> Checkpoint:

@@ -23,6 +23,9 @@ from core.errors import Cause, StepFailed
 from worker.progress import Line, read_lines
 from worker.workspace import Workspace
 
+#: The code of a step that the kernel ended for the processor time which the step had allowed itself.
+OVER_CPU_LIMIT = "step_over_cpu_limit"
+
 #: Between two looks at the child.
 TICK_SECONDS = 0.1
 #: Between two writes of the child's progress.
@@ -177,6 +180,11 @@ def _unexplained(name: str, returncode: int, last_words: str) -> Cause:
             hint="The database was slow or the machine overloaded; a larger SHADOWFT_LEASE_SECONDS bears more.",
             retryable=True,
             fault="infrastructure",
+        )
+    if returncode == -signal.SIGXCPU:
+        return Cause(
+            code=OVER_CPU_LIMIT,
+            message=f"The step '{name}' used up the processor time that it may take.",
         )
     how = f"signal {-returncode}" if returncode < 0 else f"exit status {returncode}"
     return Cause(

@@ -27,6 +27,7 @@ from core.version import VERSION
 from worker.admission import admit_waiting
 from worker.file_check import check_waiting
 from worker.lane import find_lane
+from worker.pair_check import check_next
 from worker.pipeline import Context, run
 from worker.sweep import Sweeper
 
@@ -100,6 +101,13 @@ def admit() -> None:
 def check_file() -> None:
     if check_waiting(process.context):
         nudge("admit")
+
+
+@celery.task(name="check_pair")
+def check_pair() -> None:
+    """One check at a time: files and admissions that wait behind it come before the next one."""
+    if check_next(process.context):
+        nudge("check_pair")
 
 
 def main(queue: str) -> None:

@@ -2,8 +2,8 @@
 
 job.json            JobSpec
 inputs/             training, validation, probes/NAME; base and instruct are links, never copies; of a graft, delta/ is
-                    the change that it grafts
-train/              adapter/ (LoRA) or model/ (full), metrics.jsonl, result.json
+                    the change that it grafts; of a check, file or pair.json says what is checked
+train/              adapter/ and checkpoints/step-N/ (LoRA) or model/ (full), metrics.jsonl, result.json
 graft/SCALE/        one model folder for each scale, and its figures in SCALE.json
 graft/delta/        the change of full tuning, where it is to be published
 evaluate/           report.json, report.md
@@ -65,8 +65,17 @@ class Workspace:
         return self.step("graft") / "delta"
 
     @property
+    def pair_file(self) -> Path:
+        """What `inspect` is to look at of a pair; without it, it looks at a file."""
+        return self.inputs / "pair.json"
+
+    @property
     def adapter(self) -> Path:
         return self.step("train") / "adapter"
+
+    def checkpoint(self, step: int) -> Path:
+        """The adapter as it was at the end of an epoch before the last."""
+        return self.step("train") / "checkpoints" / f"step-{step}"
 
     @property
     def tuned(self) -> Path:

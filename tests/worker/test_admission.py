@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from api.routes.grafts import GraftEvaluation
 from api.routes.jobs import GraftOptions, Hyperparameters, ShadowOptions
 from core import jobs
 from core.ids import new_id
-from core.job_spec import DeltaFile, DeltaSource, JobSpec
-from core.models import File, Job
+from core.job_spec import DeltaFile, DeltaSource, JobSpec, ModelSource
+from core.models import File, Job, PairCheck
 from core.storage import LocalStorage
+from core.verdict import examine, verdict_of
 from tests.core.test_jobs import act, events, make_team, messages, read
 from worker.admission import admit_waiting
+from worker.pair_check import fingerprint_of
 from worker.pipeline import Context
 
 CONFIG = {
@@ -53,6 +56,20 @@ def write_model(folder, *, hidden=16, layers=2, rows=32, **config):
     return folder
 
 
+def know_pair(database, team_id, *, base, instruct, direct):
+    """What somebody's check found before, so that no child needs to look again: nothing. These models have no
+    tokenizer; what a child finds is in test_pair_check.py."""
+    sources = ModelSource(**base), ModelSource(**instruct)
+    first = examine(*sources, settle=lambda source: source, cache=Path("/"), without_base=direct)
+    if verdict_of(first.findings) == "refuse":
+        return
+    check = PairCheck(
+        id=new_id("pchk_"), team_id=team_id, base=base, instruct=instruct, depth="full", status="completed",
+        findings=[], fingerprint=fingerprint_of(first),
+    )  # fmt: skip
+    act(database, lambda session: session.add(check))
+
+
 @pytest.fixture
 def models(tmp_path):
     for name in ("base", "instruct"):
@@ -61,7 +78,8 @@ def models(tmp_path):
 
 
 @pytest.fixture
-def context(settings, database):
+def context(settings, database, tmp_path):
+    settings.model_roots = (tmp_path,)
     storage = LocalStorage(settings.storage_dir)
     return Context(settings=settings, database=database, storage=storage, device="cpu", draining=threading.Event())
 
@@ -99,6 +117,7 @@ def submit(database, team_id, make_file, models):
             "hyperparameters": Hyperparameters(**hyperparameters or {}).model_dump(mode="json"),
             "shadow": ShadowOptions(**shadow or {}).model_dump(mode="json"),
         }
+        know_pair(database, team_id, **local, direct=request["shadow"]["strategy"] == "direct")
         job = Job(
             team_id=team_id, kind="fine_tune", model="tiny", training_file_id=file_id or make_file(), seed=1,
             request=request, **fields,
@@ -373,7 +392,7 @@ REFUSED = {
     "another size": ({"target": "wide"}, "pair_refused", "target"),
     "a pattern without a match": ({"include": ["*.q_prj.*"]}, "pair_refused", "target"),
     "a change that is left out whole": ({"exclude": ["*.q_proj.*"]}, "pair_refused", "target"),
-    "a target that is not there": ({"target": "nowhere"}, "model_not_found", None),
+    "a target that is not there": ({"target": "nowhere"}, "invalid_value", "target"),
 }
 
 
@@ -428,7 +447,10 @@ def test_a_model_that_has_gone_is_named(context, database, submit, models):
     job_id = submit()
     shutil.rmtree(models / "base")
     admit_waiting(context)
-    assert (read(database, job_id).status, read(database, job_id).error["code"]) == ("failed", "model_not_found")
+    job = read(database, job_id)
+    assert (job.status, job.error["code"]) == ("failed", "pair_refused")
+    assert "The base model cannot be used" in job.error["message"]
+    assert [finding["code"] for finding in job.pair_check["findings"]] == ["invalid_value"]
 
 
 def test_a_file_that_is_not_checked_yet_is_waited_for(context, database, submit, make_file):

@@ -1,0 +1,411 @@
+"""Checks of pairs: what each fault is told as, and how the light worker does a check, once and to its end."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from sqlalchemy import delete, select, update
+
+from core.db import db_now
+from core.ids import new_id
+from core.job_spec import ModelSource
+from core.models import PairCheck, Worker
+from core.storage import LocalStorage
+from core.verdict import FirstStage, examine, verdict_of
+from tests.core.test_jobs import act, events, make_team, read
+from tests.worker.broken_pairs import CASES, copied, give_tokenizer, make_pair, write_template
+from tests.worker.test_admission import make_file, submit  # noqa: F401 - fixtures
+from worker import pair_check
+from worker.admission import admit_waiting
+from worker.pair_check import check_next, fingerprint_of
+from worker.pair_inspection import Asked, look_at_texts, look_at_weights
+from worker.pipeline import Context
+from worker.progress import ProgressWriter
+from worker.sweep import Sweeper
+from worker.workspace import Workspace
+
+#: The child costs seconds; what it finds does not depend on the database.
+on_sqlite = pytest.mark.parametrize("backend", ["sqlite"])
+
+
+@pytest.fixture(scope="session")
+def whole_pair(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def pair(whole_pair, tmp_path):
+    """A copy of the test's own."""
+    return copied(whole_pair, tmp_path / "models")
+
+
+def source(folder):
+    return ModelSource(kind="local", location=str(folder))
+
+
+def first_stage(pair, tmp_path) -> FirstStage:
+    return examine(source(pair.base), source(pair.instruct), settle=lambda one: one, cache=tmp_path)
+
+
+def both_stages(pair, tmp_path):
+    """Every finding, without a child around the second stage."""
+    first = first_stage(pair, tmp_path)
+    if verdict_of(first.findings) == "refuse":
+        return first.findings, None
+    workspace = Workspace(tmp_path / "workspace")
+    workspace.inputs.mkdir(parents=True)
+    workspace.base.symlink_to(pair.base)
+    workspace.instruct.symlink_to(pair.instruct)
+    asked = Asked(weights=True, texts_cpu_seconds=60, similarity_seconds=60)
+    chats = look_at_texts(workspace)
+    weighed = look_at_weights(workspace, asked, chats, ProgressWriter(io.BytesIO()))
+    return [*first.findings, *chats.findings, *weighed.findings], weighed.similarity
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_fault_gives_its_verdict_and_its_reasons(pair, tmp_path, name):
+    verdict, codes, damage = CASES[name]
+    damage(pair)
+    findings, similarity = both_stages(pair, tmp_path)
+    assert verdict_of(findings) == verdict
+    assert {finding.code for finding in findings if verdict == "ok" or finding.level == verdict} == codes
+    assert all(finding.message.endswith(".") for finding in findings)
+    assert (similarity is None) == (verdict == "refuse")
+
+
+def test_the_distance_is_told_by_layer_and_by_module(pair, tmp_path):
+    _, similarity = both_stages(pair, tmp_path)
+    assert 0 < similarity.sigma_mean < 0.01
+    assert similarity.layers.keys() == {"0", "1"}
+    assert {"q_proj", "down_proj"} <= similarity.modules.keys()
+
+
+# --- the worker -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def context(settings, database, tmp_path):
+    settings.model_roots = (tmp_path,)
+    settings.lease_seconds = 60  # importing torch stops a child's other threads for seconds on a busy machine
+    storage = LocalStorage(settings.storage_dir)
+    return Context(settings=settings, database=database, storage=storage, device="cpu", draining=threading.Event())
+
+
+@pytest.fixture
+def team_id(database):
+    return make_team(database)
+
+
+@pytest.fixture
+def ask(database, team_id, pair):
+    """A check as the API writes it; its id."""
+
+    def make(*, depth="full", **values):
+        row = PairCheck(
+            id=new_id("pchk_"), team_id=team_id, base=source(pair.base).model_dump(),
+            instruct=source(pair.instruct).model_dump(), depth=depth, status="queued", findings=[], **values,
+        )  # fmt: skip
+        act(database, lambda session: session.add(row))
+        return row.id
+
+    return make
+
+
+@pytest.fixture
+def known(database, team_id, pair, tmp_path):
+    """What a check of the same files found before."""
+
+    def make(**values):
+        row = PairCheck(
+            id=new_id("pchk_"), team_id=team_id, base={}, instruct={}, depth="full", status="completed",
+            fingerprint=fingerprint_of(first_stage(pair, tmp_path)), **values,
+        )  # fmt: skip
+        act(database, lambda session: session.add(row))
+
+    return make
+
+
+def check_of(database, check_id):
+    with database.reading() as session:
+        return session.get_one(PairCheck, check_id)
+
+
+def codes(check):
+    return [finding["code"] for finding in check.findings]
+
+
+@on_sqlite
+def test_a_check_is_done_in_a_child_and_the_next_one_of_the_same_files_needs_none(
+    context, database, ask, settings, monkeypatch
+):
+    first, second = ask(), ask()
+    assert check_next(context)
+    monkeypatch.setattr(sys, "executable", "/nowhere")  # no child can be started any more
+    assert check_next(context)
+    assert not check_next(context)
+    one, other = check_of(database, first), check_of(database, second)
+    assert (one.status, one.error, one.check_lease_until) == ("completed", None, None)
+    assert one.finished_at is not None
+    assert codes(one) == ["similarity"]
+    assert one.similarity["sigma_mean"] < 0.01
+    assert (other.findings, other.similarity, other.fingerprint) == (one.findings, one.similarity, one.fingerprint)
+    assert list(settings.work_dir.iterdir()) == []
+
+
+def test_headers_alone_and_a_pair_that_they_refuse_need_no_child(context, database, ask, pair):
+    shallow = ask(depth="headers")
+    assert check_next(context)
+    CASES["a_quantised_base"].damage(pair)
+    refused = ask()
+    assert check_next(context)
+    assert (check_of(database, shallow).status, codes(check_of(database, shallow))) == ("completed", [])
+    row = check_of(database, refused)
+    assert (row.status, codes(row), row.fingerprint) == ("completed", ["quantised_checkpoint"], None)
+
+
+def test_a_folder_outside_the_roots_is_refused_when_it_is_read(context, database, ask, settings):
+    settings.model_roots = ()
+    check_id = ask()
+    check_next(context)
+    row = check_of(database, check_id)
+    assert (row.status, verdict(row)) == ("completed", "refuse")
+    assert "SHADOWFT_MODEL_ROOTS" in row.findings[0]["remedy"] + row.findings[0]["message"]
+
+
+def verdict(row):
+    return "refuse" if any(one["level"] == "refuse" for one in row.findings) else "other"
+
+
+NOT_HERE = {"stage": "files", "level": "note", "code": "weights_not_here", "message": "m", "remedy": ""}
+
+
+def test_what_is_known_is_told_again_by_the_team_that_asks(context, database, ask, known):
+    known(findings=[{**NOT_HERE, "code": "similarity"}], similarity={"sigma_mean": 0.01})
+    check_id = ask()
+    check_next(context)
+    row = check_of(database, check_id)
+    assert (codes(row), row.similarity) == (["similarity"], {"sigma_mean": 0.01})
+
+
+@on_sqlite
+def test_weights_that_have_come_meanwhile_are_measured(context, database, ask, known):
+    known(findings=[NOT_HERE])
+    check_id = ask()
+    check_next(context)
+    assert codes(check_of(database, check_id)) == ["similarity"]
+
+
+@on_sqlite
+def test_a_template_without_an_end_is_a_finding(context, database, ask, pair, monkeypatch):
+    monkeypatch.setattr(pair_check, "TEXTS_CPU_SECONDS", 2)
+    write_template(pair.instruct, "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    check_id = ask()
+    check_next(context)
+    row = check_of(database, check_id)
+    assert (row.status, codes(row)) == ("completed", ["endless_tokenizer"])
+
+
+# --- leases -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_check_whose_worker_died_is_done_by_another(context, database, ask, known):
+    known(findings=[], similarity={"sigma_mean": 0.01})
+    held = ask(check_tries=1, check_lease_until=db_now(60))
+    lost = ask(check_tries=1, check_lease_until=db_now(-1))
+    for check_id in (held, lost):
+        act(database, set_status(check_id, "running"))
+    assert check_next(context)
+    assert not check_next(context)
+    assert check_of(database, lost).status == "completed"
+    assert (check_of(database, held).status, check_of(database, held).check_tries) == ("running", 1)
+
+
+def set_status(check_id, status):
+    return lambda session: session.execute(update(PairCheck).where(PairCheck.id == check_id).values(status=status))
+
+
+def test_a_check_that_kills_each_worker_is_given_up_with_a_cause(context, database, ask):
+    check_id = ask(check_tries=context.settings.max_infra_retries + 1)
+    assert check_next(context)
+    row = check_of(database, check_id)
+    assert (row.status, row.error["code"]) == ("failed", "worker_lost")
+    assert row.finished_at is not None
+
+
+@on_sqlite
+def test_a_check_that_breaks_its_child_is_tried_again_and_then_given_up(context, database, ask, settings):
+    settings.max_infra_retries = 1
+    check_id = ask()
+    for _ in range(2):
+        with killed_children(settings):
+            check_next(context)
+        act(database, expire(check_id))
+    row = check_of(database, check_id)
+    assert (row.status, row.error["code"], row.check_tries) == ("failed", "step_killed", 2)
+
+
+def expire(check_id):
+    values = {"check_lease_until": db_now(-1)}
+    return lambda session: session.execute(update(PairCheck).where(PairCheck.id == check_id).values(values))
+
+
+class killed_children:  # noqa: N801 - reads as what it does
+    """While this is open, a thread kills each child that inspects."""
+
+    def __init__(self, settings) -> None:
+        self._settings = settings
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._kill)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _kill(self) -> None:
+        while not self._over.wait(0.02):
+            for child in psutil.Process().children():
+                if "worker.steps.inspect" in child.cmdline() and str(self._settings.work_dir) in " ".join(
+                    child.cmdline()
+                ):
+                    child.kill()
+
+
+def test_a_check_is_left_to_the_next_worker_when_this_one_shuts_down(context, database, ask):
+    check_id = ask()
+    context.draining.set()
+    assert check_next(context)
+    row = check_of(database, check_id)
+    assert (row.status, row.check_tries, row.check_lease_until) == ("queued", 0, None)
+
+
+def test_a_worker_that_lost_its_check_writes_nothing(context, database, ask, settings):
+    """Another worker took it while this one's database was away."""
+    check_id = ask()
+    settings.beat_seconds = 0.01
+    taken = update(PairCheck).where(PairCheck.id == check_id, PairCheck.status == "running").values(check_tries=7)
+    thread = threading.Thread(target=lambda: steal(database, taken))
+    thread.start()
+    check_next(context)
+    thread.join()
+    row = check_of(database, check_id)
+    assert (row.status, row.check_tries, row.findings) == ("running", 7, [])
+
+
+def steal(database, taken):
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        with database.writing() as session:
+            changed = session.execute(taken).rowcount
+            session.commit()
+        if changed:
+            return
+        time.sleep(0.005)
+
+
+def test_a_sweep_nudges_for_a_check_that_waits_and_removes_what_a_dead_worker_left(context, database, ask, settings):
+    check_id = ask()
+    folder = settings.work_dir / f"check-{check_id}-1"
+    folder.mkdir(parents=True)
+    os.utime(folder, (1, 1))
+    sweeper = Sweeper(context, lambda: worker_row())
+    sweeper.sweep()
+    assert not folder.exists()
+    folder.mkdir(parents=True)
+    os.utime(folder, (1, 1))
+    act(database, set_status(check_id, "running"))
+    sweeper.sweep()
+    assert folder.exists()
+
+
+def worker_row():
+    return Worker(
+        id="worker-1", host="h", pid=1, queue="light", device="cpu", lane_memory_bytes=1, version="0", draining=False
+    )
+
+
+# --- admission --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(pair):
+    """What `submit` takes its models from."""
+    return pair.base.parent
+
+
+@pytest.fixture
+def submit_fresh(submit, database):  # noqa: F811 - the fixture above
+    """A job whose pair nobody has checked yet."""
+
+    def make(**fields):
+        job_id = submit(**fields)
+        act(database, lambda session: session.execute(delete(PairCheck).where(PairCheck.pair.is_(None))))
+        return job_id
+
+    return make
+
+
+@on_sqlite
+def test_an_admission_keeps_the_verdict_and_spares_the_next_one_the_child(context, database, submit_fresh):
+    job_id = submit_fresh()
+    assert admit_waiting(context) == 1
+    job = read(database, job_id)
+    assert (job.status, job.error) == ("queued", None)
+    assert job.pair_check["verdict"] == "ok"
+    assert job.pair_check["similarity"]["sigma_mean"] < 0.01
+    assert [event.message for event in events(database, job_id) if "pair was checked" in event.message]
+    with database.reading() as session:
+        (kept,) = session.scalars(select(PairCheck))
+    assert (kept.status, kept.pair, codes(kept)) == ("completed", "tiny", ["similarity"])
+    again = submit_fresh()
+    assert admit_waiting(context) == 1
+    assert read(database, again).pair_check == job.pair_check
+    with database.reading() as session:
+        assert len(session.scalars(select(PairCheck)).all()) == 1
+
+
+@on_sqlite
+def test_what_a_child_refuses_never_reaches_the_queue(context, database, submit_fresh, pair):
+    give_tokenizer(pair.base, first="z")
+    job_id = submit_fresh()
+    assert admit_waiting(context) == 1
+    job = read(database, job_id)
+    assert (job.status, job.error["code"], job.spec) == ("failed", "pair_refused", None)
+    assert {"other_tokens", "other_ids"} == {one["code"] for one in job.pair_check["findings"]}
+    for finding in job.pair_check["findings"]:
+        assert finding["message"].rstrip(".") in job.error["message"]
+    assert job.error["hint"]
+
+
+@on_sqlite
+def test_warnings_become_events_and_a_direct_job_has_none_of_bases(context, database, submit_fresh, pair):
+    CASES["untrained_marks"].damage(pair)
+    shadow = submit_fresh()
+    admit_waiting(context)
+    direct = submit_fresh(shadow={"strategy": "direct"})
+    admit_waiting(context)
+    (warning,) = [event for event in events(database, shadow) if event.level == "warn"]
+    assert warning.message.startswith("Pair check: Every chat holds <|im_start|>, <|im_end|>")
+    assert warning.data["code"] == "untrained_rows"
+    assert read(database, shadow).pair_check["verdict"] == "warn"
+    assert read(database, direct).status == "queued"
+    assert read(database, direct).pair_check == {"verdict": "ok", "findings": [], "similarity": None}
+
+
+def test_a_refused_job_keeps_the_reasons(context, database, submit, pair):  # noqa: F811
+    CASES["other_positions"].damage(pair)
+    CASES["a_quantised_base"].damage(pair)
+    job_id = submit()
+    admit_waiting(context)
+    job = read(database, job_id)
+    assert (job.status, job.pair_check["verdict"]) == ("failed", "refuse")
+    assert {one["level"] for one in job.pair_check["findings"]} == {"warn", "refuse"}
+    assert [event for event in events(database, job_id) if event.level == "warn"] == []
