@@ -12,20 +12,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.exc import DBAPIError
 
 from core import jobs
 from core.broker import nudge
 from core.db import db_now
-from core.models import File, Job, Worker
+from core.idempotency import forget_old
+from core.models import File, Job, PairCheck, Worker
+from worker.cleaning import remove_expired, remove_strays
 from worker.pipeline import Context
 
 #: A workspace is not taken for a leftover before this age: its job may just be beginning.
 LEFTOVER_SECONDS = 60.0
 
-#: Nothing was written to such a file for so long: its process is gone.
-UNFINISHED_SECONDS = 3600.0
+#: How often storage is compared with the database, which reads every key of both.
+STRAYS_SECONDS = 600.0
 
 log = structlog.get_logger(__name__)
 
@@ -36,6 +38,7 @@ class Sweeper:
     def __init__(self, context: Context, row: Callable[[], Worker]) -> None:
         self._context = context
         self._row = row
+        self._strays_due = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweep", daemon=True)
 
@@ -66,12 +69,16 @@ class Sweeper:
                 max_lost_workers=settings.max_lost_workers,
                 stale_worker_seconds=10 * settings.lease_seconds,
             )
+            forget_old(session)
             session.commit()
         for job_id in waiting.lost:
             log.warning("job_taken_back", job_id=job_id)
         _nudge(waiting)
         _remove_leftovers(self._context)
-        self._context.storage.remove_unfinished(UNFINISHED_SECONDS)
+        remove_expired(self._context.database, self._context.storage)
+        if time.monotonic() >= self._strays_due:
+            remove_strays(self._context.database, self._context.storage)
+            self._strays_due = time.monotonic() + STRAYS_SECONDS
 
 
 def _nudge(waiting: jobs.Waiting) -> None:
@@ -81,10 +88,12 @@ def _nudge(waiting: jobs.Waiting) -> None:
         nudge("admit")
     if waiting.files:
         nudge("check_file")
+    if waiting.pair_checks:
+        nudge("check_pair")
 
 
 def _remove_leftovers(context: Context) -> None:
-    """Workspaces of jobs that ended elsewhere, and of file checks whose worker died."""
+    """Workspaces of jobs that ended elsewhere, and of checks whose worker died."""
     for folder in _old_folders(context.settings.work_dir):
         if not _is_needed(context, folder.name):
             shutil.rmtree(folder, ignore_errors=True)
@@ -100,9 +109,17 @@ def _old_folders(work_dir: Path) -> Iterator[Path]:
 
 
 def _is_needed(context: Context, name: str) -> bool:
-    needed = select(Job.id).where(Job.id == name, Job.status.not_in(jobs.TERMINAL))
-    if name.startswith("check-"):
-        file_id = name.removeprefix("check-").rpartition("-")[0]
-        needed = select(File.id).where(File.id == file_id, File.status == "uploaded")
     with context.database.reading() as session:
-        return session.scalar(needed) is not None
+        return session.scalar(_need_of(name)) is not None
+
+
+def _need_of(folder: str) -> Select[str]:
+    """What has to be there still for a folder of this name to be needed."""
+    if not folder.startswith("check-"):
+        return select(Job.id).where(Job.id == folder, Job.status.not_in(jobs.TERMINAL))
+    checked = folder.removeprefix("check-").rpartition("-")[0]
+    if checked.startswith("ftjob-"):  # the pair of a job that waits for its admission
+        return select(Job.id).where(Job.id == checked, Job.status == "validating_files")
+    if checked.startswith("pchk_"):
+        return select(PairCheck.id).where(PairCheck.id == checked, PairCheck.status == "running")
+    return select(File.id).where(File.id == checked, File.status == "uploaded")

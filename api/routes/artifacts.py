@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel
 from sqlalchemy import select
 
 from api.deps import After, CallerDep, Page, ServiceDep, cursor, owned, page, timestamp
+from api.download import DOWNLOADS, WantedDep, download
 from api.routes.jobs import own_job
+from api.strict_json import StrictRoute
 from core.models import Artifact
 
-router = APIRouter(tags=["Artifacts"])
+router = APIRouter(tags=["Artifacts"], route_class=StrictRoute)
 
 Kind = Literal["model", "adapter", "delta", "report", "metrics", "card"]
 
@@ -72,14 +73,13 @@ def retrieve_artifact(artifact_id: str, caller: CallerDep, service: ServiceDep) 
         return _render(owned(session, Artifact, artifact_id, caller, what="artifact", code="artifact_not_found"))
 
 
-@router.get("/artifacts/{artifact_id}/content", response_class=FileResponse)
-def artifact_content(artifact_id: str, caller: CallerDep, service: ServiceDep) -> FileResponse:
-    """The artifact's bytes. `Range` is understood; `ETag` is the sha256."""
+@router.get("/artifacts/{artifact_id}/content", response_class=Response, responses=DOWNLOADS)
+def artifact_content(artifact_id: str, caller: CallerDep, service: ServiceDep, wanted: WantedDep) -> Response:
+    """The artifact's bytes."""
     with service.database.reading() as session:
         artifact = owned(session, Artifact, artifact_id, caller, what="artifact", code="artifact_not_found")
-    return FileResponse(
-        service.storage.path(artifact.storage_key),
-        media_type="application/octet-stream",
-        filename=artifact.path.rpartition("/")[2],
-        headers={"etag": f'"{artifact.sha256}"', "x-checksum-sha256": artifact.sha256},
-    )
+    path, name = service.storage.path(artifact.storage_key), artifact.path.rpartition("/")[2]
+    return download(wanted, path, filename=name, sha256=artifact.sha256)
+
+
+router.add_api_route("/artifacts/{artifact_id}/content", artifact_content, methods=["HEAD"], include_in_schema=False)

@@ -2,50 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
-from fastapi import APIRouter, Query, Request
-from fastapi.responses import FileResponse
-from pydantic import BaseModel, ConfigDict
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from sqlalchemy import select
 from sqlalchemy.orm import Session
-from starlette.requests import ClientDisconnect
 
 from api.deps import After, CallerDep, Page, Service, ServiceDep, cursor, owned, page, timestamp
-from api.multipart import Upload, UploadReader
+from api.download import DOWNLOADS, WantedDep, download
+from api.multipart import Form, Limit, arriving, receive_form
 from api.strict_json import StrictRoute
+from core import files
 from core.broker import nudge
-from core.errors import Conflict, InvalidInput
+from core.errors import Conflict, InvalidInput, TooLarge
 from core.ids import new_id
-from core.jobs import TERMINAL
 from core.keys import Caller
-from core.models import File, Job
+from core.models import File
 
 router = APIRouter(prefix="/files", tags=["Files"], route_class=StrictRoute)
 
 #: What clients may upload; `fine-tune-results` is made by jobs.
 PURPOSES = ("fine-tune", "evals", "user_data")
 
+#: A file that expires lives for an hour at least and for thirty days at most.
+MIN_LIFETIME_SECONDS = 3600
+MAX_LIFETIME_SECONDS = 30 * 24 * 3600
+
+_EXAMPLE: dict[str, JsonValue] = {
+    "id": "file-01kqp3v9w8d6m4t2s0x7z5y1ab",
+    "object": "file",
+    "bytes": 120_000,
+    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "created_at": 1_790_000_000,
+    "expires_at": None,
+    "filename": "support.jsonl",
+    "purpose": "fine-tune",
+    "status": "processed",
+    "status_details": None,
+    "validation": {"ok": True, "rows": 500},
+}
+
 
 class FileObject(BaseModel):
     """An uploaded file. `status` goes from `uploaded` to `processed`, or to `error` with the reason in
     `status_details`."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra={"examples": [_EXAMPLE]})
 
     id: str
     object: Literal["file"] = "file"
     bytes: int
     sha256: str
     created_at: int
+    expires_at: int | None = Field(description="When it is deleted, unless a live job reads it then; null for never.")
     filename: str
-    purpose: str
+    purpose: Literal["fine-tune", "evals", "user_data", "fine-tune-results"]
     status: Literal["uploaded", "processed", "error"]
     status_details: str | None
-    #: What the check found, once it is done: rows, format, warnings.
-    validation: dict[str, Any] | None
+    validation: dict[str, Any] | None = Field(
+        description="What the check found, once it is done: rows, format, warnings."
+    )
 
 
 class DeletedFile(BaseModel):
@@ -61,6 +81,7 @@ def render(file: File) -> dict[str, Any]:
         "bytes": file.bytes,
         "sha256": file.sha256,
         "created_at": timestamp(file.created_at),
+        "expires_at": timestamp(file.expires_at),
         "filename": file.filename,
         "purpose": file.purpose,
         "status": file.status,
@@ -69,7 +90,7 @@ def render(file: File) -> dict[str, Any]:
     }
 
 
-_UPLOAD_SCHEMA = {
+_FORM = {
     "requestBody": {
         "required": True,
         "content": {
@@ -77,9 +98,17 @@ _UPLOAD_SCHEMA = {
                 "schema": {
                     "type": "object",
                     "required": ["file", "purpose"],
+                    "additionalProperties": False,
                     "properties": {
                         "file": {"type": "string", "format": "binary", "description": "JSONL, or a JSON array."},
                         "purpose": {"type": "string", "enum": list(PURPOSES)},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": MIN_LIFETIME_SECONDS,
+                            "maximum": MAX_LIFETIME_SECONDS,
+                            "description": "The file is deleted so long after its creation; without it, never.",
+                        },
                     },
                 }
             }
@@ -88,75 +117,118 @@ _UPLOAD_SCHEMA = {
 }
 
 
-@router.post("", response_model=FileObject, openapi_extra=_UPLOAD_SCHEMA)
+@router.post("", response_model=FileObject, openapi_extra=_FORM)
 async def create_file(request: Request, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
     """Upload a dataset.
 
     Rows may be OpenAI chat (`messages`), `prompt`/`completion`, Alpaca (`instruction`, `input`, `output`) or ShareGPT
-    (`conversations`), as JSONL or one JSON array. The rows are checked right after the upload.
+    (`conversations`), as JSONL or one JSON array. The rows are checked right after the upload. A file that is larger
+    than this route takes goes up by parts: `POST /v1/uploads`.
     """
+    most = service.settings.max_file_bytes
+    refusal = TooLarge(
+        f"The file is larger than {most:,} bytes, the limit of this route.",
+        hint="Send it by parts: POST /v1/uploads, or client.uploads.upload_file_chunked.",
+        param="file",
+    )
+    limit = await limit_within_quota(Limit(most, refusal), caller, service)
+    limit.check(request.headers)
     file_id = new_id("file-")
-    key = f"files/{caller.team_id}/{file_id}"
-    incoming = service.storage.receive(key)
-    try:
-        reader = UploadReader(
-            request.headers.get("content-type", ""), incoming, max_bytes=service.settings.max_file_bytes
-        )
-        upload = await reader.read(_body(request))
-        purpose = _purpose(upload)
-    except BaseException:
-        incoming.drop()
-        raise
-    stored = await to_thread.run_sync(incoming.keep)
+    key = storage_key(caller.team_id, file_id)
+    async with arriving(service.storage, key) as incoming:
+        form = await receive_form(request, incoming, part="file", limit=limit)
+        purpose, lifetime = _purpose(form), _lifetime(form)
+        stored = await to_thread.run_sync(incoming.keep)
     row = File(
         id=file_id,
         team_id=caller.team_id,
-        filename=upload.filename,
+        filename=form.filename,
         purpose=purpose,
         bytes=stored.bytes,
         sha256=stored.sha256,
         storage_key=key,
-        status="uploaded",
     )
-    return await to_thread.run_sync(_keep, service, row)
+    return await to_thread.run_sync(_keep, service, row, lifetime)
 
 
-async def _body(request: Request) -> AsyncIterator[bytes]:
-    try:
-        async for piece in request.stream():
-            yield piece
-    except ClientDisconnect as error:
-        raise InvalidInput("The upload ended before its last byte.", code="upload_cut") from error
+def storage_key(team_id: str, file_id: str) -> str:
+    return f"files/{team_id}/{file_id}"
 
 
-def _purpose(upload: Upload) -> str:
-    if upload.filename is None:
+async def limit_within_quota(own: Limit, caller: Caller, service: Service) -> Limit:
+    """The route's own limit, or what the team's quota still has room for where that is less."""
+    quota = service.settings.team_storage_bytes
+    if quota is None:
+        return own
+
+    def used_bytes() -> int:
+        with service.database.reading() as session:
+            return files.used_bytes(session, caller.team_id)
+
+    used = await to_thread.run_sync(used_bytes)
+    return min(own, Limit(max(0, quota - used), files.over_quota(used, quota)), key=lambda limit: limit.bytes)
+
+
+def _purpose(form: Form) -> str:
+    if form.filename is None:
         raise InvalidInput("Missing required parameter: 'file'.", code="missing_required_parameter", param="file")
-    unknown = upload.fields.keys() - {"purpose"}
+    unknown = form.fields.keys() - {"purpose", "expires_after[anchor]", "expires_after[seconds]"}
     if unknown:
         name = min(unknown)
         raise InvalidInput(f"Unknown parameter: '{name}'.", code="unknown_parameter", param=name)
-    if "purpose" not in upload.fields:
+    if "purpose" not in form.fields:
         raise InvalidInput("Missing required parameter: 'purpose'.", code="missing_required_parameter", param="purpose")
-    purpose = upload.fields["purpose"]
+    purpose = form.fields["purpose"]
     if purpose not in PURPOSES:
         raise InvalidInput(
             f"Invalid value for 'purpose': {purpose[:100]!r}; this server takes {', '.join(PURPOSES)}.", param="purpose"
         )
-    if upload.bytes == 0:
+    if form.bytes == 0:
         raise InvalidInput("The file is empty.", code="invalid_training_file", param="file")
     return purpose
 
 
-def _keep(service: Service, row: File) -> dict[str, Any]:
+def _lifetime(form: Form) -> int | None:
+    """Seconds from `expires_after`, whose two fields come together or not at all."""
+    anchor, seconds = form.fields.get("expires_after[anchor]"), form.fields.get("expires_after[seconds]")
+    if anchor is None and seconds is None:
+        return None
+    if anchor != "created_at":
+        raise InvalidInput(
+            f"Invalid value for 'expires_after[anchor]': {(anchor or '')[:100]!r}; the only anchor is 'created_at'.",
+            param="expires_after[anchor]",
+        )
+    digits = seconds or ""
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < 10):
+        digits = "0"
+    if not MIN_LIFETIME_SECONDS <= int(digits) <= MAX_LIFETIME_SECONDS:
+        raise InvalidInput(
+            f"Invalid value for 'expires_after[seconds]': {(seconds or '')[:100]!r}; send a whole number from "
+            f"{MIN_LIFETIME_SECONDS} to {MAX_LIFETIME_SECONDS}.",
+            param="expires_after[seconds]",
+        )
+    return int(digits)
+
+
+def _keep(service: Service, row: File, lifetime: int | None) -> dict[str, Any]:
+    with service.database.writing() as session:
+        with dropped_on_failure(service, row.storage_key):
+            files.take_room(session, row.team_id, row.bytes, quota_bytes=service.settings.team_storage_bytes)
+            files.add(session, row, lifetime_seconds=lifetime)
+            answer = render(row)
+        session.commit()
+        nudge("check_file")
+    return answer
+
+
+@contextmanager
+def dropped_on_failure(service: Service, key: str) -> Iterator[None]:
+    """Delete the stored object where the block fails. A commit does not belong into it: one that fails may still have
+    happened, and then the row needs its content; where it has not, a sweep finds the stray."""
     try:
-        with service.database.writing() as session:
-            session.add(row)
-            session.commit()
-            nudge("check_file")
-            return render(row)
+        yield
     except BaseException:
-        service.storage.delete(row.storage_key)
+        service.storage.delete(key)
         raise
 
 
@@ -169,7 +241,7 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
     purpose: str | None = None,
 ) -> dict[str, Any]:
-    """List the team's files."""
+    """List the team's files, newest first or, with `order=asc`, oldest first."""
     with service.database.reading() as session:
         last = cursor(session, File, after, caller)
         query = select(File).where(File.team_id == caller.team_id).limit(limit + 1)
@@ -188,17 +260,15 @@ def retrieve_file(file_id: str, caller: CallerDep, service: ServiceDep) -> dict[
         return render(_own(session, file_id, caller))
 
 
-@router.get("/{file_id}/content", response_class=FileResponse)
-def file_content(file_id: str, caller: CallerDep, service: ServiceDep) -> FileResponse:
-    """The file's bytes as they were uploaded. `Range` is understood."""
+@router.get("/{file_id}/content", response_class=Response, responses=DOWNLOADS)
+def file_content(file_id: str, caller: CallerDep, service: ServiceDep, wanted: WantedDep) -> Response:
+    """The file's bytes as they were uploaded."""
     with service.database.reading() as session:
         file = _own(session, file_id, caller)
-    return FileResponse(
-        service.storage.path(file.storage_key),
-        media_type="application/octet-stream",
-        filename=file.filename,
-        headers={"etag": f'"{file.sha256}"'},
-    )
+    return download(wanted, service.storage.path(file.storage_key), filename=file.filename, sha256=file.sha256)
+
+
+router.add_api_route("/{file_id}/content", file_content, methods=["HEAD"], include_in_schema=False)
 
 
 @router.get("/{file_id}/report")
@@ -216,7 +286,10 @@ def delete_file(file_id: str, caller: CallerDep, service: ServiceDep) -> dict[st
     """Delete a file, unless a live job still reads it."""
     with service.database.writing() as session:
         file = _own(session, file_id, caller)
-        _refuse_if_in_use(session, file_id)
+        if (job_id := files.live_reader(session, file)) is not None:
+            raise Conflict(
+                f"The file {file_id} is in use by the job {job_id}; cancel the job first.", code="file_in_use"
+            )
         session.delete(file)
         session.commit()
     service.storage.delete(file.storage_key)
@@ -225,12 +298,3 @@ def delete_file(file_id: str, caller: CallerDep, service: ServiceDep) -> dict[st
 
 def _own(session: Session, file_id: str, caller: Caller) -> File:
     return owned(session, File, file_id, caller, what="file", code="file_not_found")
-
-
-def _refuse_if_in_use(session: Session, file_id: str) -> None:
-    live = session.scalars(select(Job).where(Job.status.not_in(TERMINAL)))
-    for job in live:
-        if file_id in job.files.values():
-            raise Conflict(
-                f"The file {file_id} is in use by the job {job.id}; cancel the job first.", code="file_in_use"
-            )

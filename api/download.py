@@ -1,0 +1,100 @@
+"""A stored file as an answer: whole or by `Range`, with its hash as `ETag`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Response
+from fastapi.responses import FileResponse
+
+from api.errors import ErrorBody, error_response
+from core.errors import NotFound, RangeUnusable
+
+_RANGE = re.compile(r"(?P<first>[0-9]{0,18})-(?P<last>[0-9]{0,18})")
+
+_BINARY = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+
+#: For `responses` of a route that answers so.
+DOWNLOADS: dict[int | str, dict[str, Any]] = {
+    200: {"content": _BINARY, "description": "The bytes; `x-checksum-sha256` is their hash, `ETag` the same."},
+    206: {"content": _BINARY, "description": "The bytes that `Range` asked for."},
+    304: {"description": "They are those of the `ETag` in `If-None-Match`."},
+    416: {"model": ErrorBody, "description": "`Range` names no byte of the file; `Content-Range` tells its size."},
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of a file is asked for."""
+
+    range: str | None
+    if_range: str | None
+    if_none_match: str | None
+
+
+async def _wanted(
+    wanted_range: Annotated[
+        str | None, Header(alias="range", description="`bytes=0-1023`, `bytes=1024-` or `bytes=-1024`.")
+    ] = None,
+    if_range: Annotated[str | None, Header(description="`Range` counts for a file of this `ETag` only.")] = None,
+    if_none_match: Annotated[str | None, Header(description="The `ETag` of what you have.")] = None,
+) -> Wanted:
+    return Wanted(wanted_range, if_range, if_none_match)
+
+
+WantedDep = Annotated[Wanted, Depends(_wanted)]
+
+
+class _Download(FileResponse):
+    chunk_size = 1024 * 1024  # each is a walk through another thread
+
+
+def download(wanted: Wanted, path: Path, *, filename: str, sha256: str) -> Response:
+    """Raises NotFound where the file has been deleted since its row was read."""
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise NotFound(f"The content of {filename!r} has been deleted.", code="content_not_found") from error
+    etag = f'"{sha256}"'
+    headers = {"etag": etag, "x-checksum-sha256": sha256}
+    if _names(wanted.if_none_match or "", etag):
+        return Response(status_code=304, headers=headers)
+    answer = _Download(
+        path, media_type="application/octet-stream", filename=filename, headers=headers, stat_result=found
+    )
+    applies = wanted.if_range in {None, etag, answer.headers["last-modified"]}
+    if wanted.range is not None and applies and not _is_usable(wanted.range, found.st_size):
+        return _range_unusable(wanted.range, found.st_size)
+    return answer
+
+
+def _names(header: str, etag: str) -> bool:
+    """Whether `If-None-Match` names the tag; a proxy may have made it a weak one."""
+    return header.strip() == "*" or etag in {tag.strip().removeprefix("W/") for tag in header.split(",")}
+
+
+def _is_usable(header: str, size: int) -> bool:
+    unit, _, ranges = header.partition("=")
+    return unit.strip().lower() == "bytes" and all(_lies_within(one.strip(), size) for one in ranges.split(","))
+
+
+def _lies_within(one: str, size: int) -> bool:
+    match = _RANGE.fullmatch(one)
+    if match is None:
+        return False
+    first, last = match["first"], match["last"]
+    if not first:
+        return bool(last) and int(last) > 0 and size > 0
+    return int(first) < size and (not last or int(first) <= int(last))
+
+
+def _range_unusable(header: str, size: int) -> Response:
+    error = RangeUnusable(
+        f"The range {header[:100]!r} cannot be taken from this file of {size:,} bytes.", param="range"
+    )
+    answer = error_response(error)
+    answer.headers["content-range"] = f"bytes */{size}"
+    return answer

@@ -1,0 +1,149 @@
+"""What a sweep removes from storage, and what it leaves alone."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from core import files, jobs, uploads
+from core.db import db_now
+from core.ids import new_id
+from core.models import File, Upload, UploadPart, Worker
+from core.storage import LocalStorage
+from tests.core.test_jobs import act, make_job, make_team
+from worker.cleaning import remove_expired, remove_strays
+from worker.pipeline import Context
+from worker.sweep import Sweeper
+
+
+@pytest.fixture
+def context(settings, database):
+    storage = LocalStorage(settings.storage_dir)
+    return Context(settings=settings, database=database, storage=storage, device="cpu", draining=threading.Event())
+
+
+@pytest.fixture
+def team_id(database):
+    return make_team(database)
+
+
+@pytest.fixture
+def store(context, team_id):
+    """`store(**fields)`: the id of a file that lies in storage."""
+
+    def make(**fields):
+        file_id = new_id("file-")
+        key = put(context, f"files/{team_id}/{file_id}")
+        file = File(
+            id=file_id, team_id=team_id, filename="r", purpose="fine-tune", bytes=1, sha256="0" * 64, storage_key=key
+        )
+        act(context.database, files.add, file, lifetime_seconds=None)
+        act(context.database, lambda session: set_fields(session.get_one(File, file_id), fields))
+        return file_id
+
+    return make
+
+
+@pytest.fixture
+def begin(context, team_id):
+    """`begin(**fields)`: the id of an upload of which one part lies in storage."""
+
+    def make(**fields):
+        upload = Upload(
+            id=new_id("upload_"), team_id=team_id, filename="r", mime_type="m", purpose="fine-tune", bytes=1
+        )
+        part_id = new_id("part_")
+        key = put(context, f"uploads/{part_id}")
+        part = UploadPart(id=part_id, upload_id=upload.id, bytes=1, sha256="0" * 64, storage_key=key)
+        act(context.database, uploads.create, upload)
+        act(context.database, uploads.add_part, part, quota_bytes=None)
+        act(context.database, lambda session: set_fields(session.get_one(Upload, upload.id), fields))
+        return upload.id
+
+    return make
+
+
+def set_fields(row, fields):
+    for name, value in fields.items():
+        setattr(row, name, value)
+
+
+def put(context, key):
+    incoming = context.storage.receive(key)
+    incoming.write(b"x")
+    incoming.keep()
+    return key
+
+
+def stored(context):
+    return sorted(path.name for path in context.settings.storage_dir.rglob("*") if path.is_file())
+
+
+def make_old(context):
+    for path in context.settings.storage_dir.rglob("*"):
+        os.utime(path, (time.time() - 4000, time.time() - 4000))
+
+
+def read(context, table, row_id):
+    with context.database.reading() as session:
+        return session.get(table, row_id)
+
+
+def test_an_expired_file_goes_and_the_others_stay(context, store):
+    late, early, for_ever = store(expires_at=db_now(-1)), store(expires_at=db_now(60)), store()
+    remove_expired(context.database, context.storage)
+    assert stored(context) == sorted([early, for_ever])
+    assert read(context, File, late) is None
+    assert read(context, File, early) is not None
+
+
+def test_an_expired_file_stays_while_a_live_job_reads_it(context, store, team_id):
+    file_id = store(expires_at=db_now(-1))
+    job_id = make_job(context.database, team_id, training_file_id=file_id)
+    remove_expired(context.database, context.storage)
+    assert stored(context) == [file_id]
+    act(context.database, jobs.request_cancel, job_id)
+    remove_expired(context.database, context.storage)
+    assert stored(context) == []
+
+
+def test_an_upload_whose_hour_is_over_expires_with_its_parts(context, begin):
+    late, early = begin(expires_at=db_now(-1)), begin()
+    remove_expired(context.database, context.storage)
+    assert len(stored(context)) == 1
+    assert (read(context, Upload, late).status, read(context, Upload, early).status) == ("expired", "pending")
+
+
+def test_what_no_row_names_goes_once_it_is_old(context, store, begin):
+    store()
+    begin()
+    kept = stored(context)
+    put(context, "files/team-x/file-stray")
+    put(context, "uploads/part_stray")
+    half = context.storage.receive("files/team-x/file-half")
+    half.write(b"half")
+    remove_strays(context.database, context.storage)
+    assert len(stored(context)) == len(kept) + 3, "it may be on its way into the database still"
+    make_old(context)
+    remove_strays(context.database, context.storage)
+    assert stored(context) == kept
+    half.drop()  # whose file is gone already
+
+
+def test_a_jobs_artifacts_are_no_strays(context):
+    put(context, "jobs/ftjob-1/a1/model/w")
+    make_old(context)
+    remove_strays(context.database, context.storage)
+    assert stored(context) == ["w"]
+
+
+def test_every_workers_sweep_does_it(context, store):
+    store(expires_at=db_now(-1))
+    put(context, "uploads/part_stray")
+    make_old(context)
+    row = {"host": "h", "pid": 1, "queue": "light", "device": "cpu", "lane_memory_bytes": 1, "version": "1"}
+    Sweeper(context, lambda: Worker(id="worker-1", **row)).sweep()
+    assert stored(context) == []
