@@ -12,9 +12,27 @@ from fastapi_offline import FastAPIOffline
 
 from api.auth import DOCS_SCRIPTS_PATH, Authentication, bearer
 from api.deps import Service
-from api.errors import ErrorBody, install_error_handlers
-from api.middleware import BodyLimit, CleanAddress, RequestFrame
-from api.routes import artifacts, evaluations, events, files, grafts, health, jobs, pairs
+from api.errors import ErrorBody, OneShape, install_error_handlers
+from api.event_stream import EventFeed
+from api.middleware import BodyLimit, CleanAddress, RequestFrame, UnreadBody
+from api.routes import (
+    artifacts,
+    checkpoints,
+    estimates,
+    evaluations,
+    events,
+    files,
+    grafts,
+    health,
+    jobs,
+    metrics,
+    models,
+    pair_checks,
+    pairs,
+    unoffered,
+    uploads,
+)
+from api.telemetry import Telemetry
 from core.config import Settings, get_settings
 from core.db import open_database
 from core.logs import configure_logging
@@ -36,11 +54,21 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorBody, "description": "No key, or a wrong one."},
     403: {"model": ErrorBody, "description": "The key may not do this."},
     404: {"model": ErrorBody, "description": "No such thing, or another team's."},
-    409: {"model": ErrorBody, "description": "The thing's state forbids this; asking again changes nothing."},
+    408: {"model": ErrorBody, "description": "The body did not arrive in time."},
+    409: {"model": ErrorBody, "description": "The thing's state forbids this; `x-should-retry` tells if it passes."},
     413: {"model": ErrorBody, "description": "The body is too large."},
+    415: {"model": ErrorBody, "description": "The body is not JSON in UTF-8 by its headers, or it is compressed."},
     # FastAPI would otherwise document a 422 of its own shape, which this service never answers.
     "4XX": {"model": ErrorBody, "description": "Any other fault of the request."},
     503: {"model": ErrorBody, "description": "A part that this needs is away; `Retry-After` says when to try again."},
+}
+
+
+#: What clients poll goes straight to its handler. The same handlers are routes of FastAPI's below, which stand on the
+#: page of the routes, but whose way to a handler takes longer than the handler does.
+_POLLED = {
+    "/v1/fine_tuning/jobs/{job_id}": lambda request: jobs.retrieve_job(request.path_params["job_id"], request),
+    "/v1/grafts/{graft_id}": lambda request: grafts.retrieve_graft(request.path_params["graft_id"], request),
 }
 
 
@@ -48,10 +76,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or get_settings()
     configure_logging(settings)
     database = open_database(settings)
+    feed = EventFeed(database)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
+        with feed.open_until_exit():
+            yield
         database.close()
 
     # The pages /docs and /redoc with their scripts from this server: it may stand where nothing else can be reached.
@@ -63,21 +93,43 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         static_url=DOCS_SCRIPTS_PATH,
         swagger_ui_parameters={"persistAuthorization": True},
     )
+    app.state.feed = feed
     app.state.service = Service(settings=settings, database=database, storage=LocalStorage(settings.storage_dir))
+    app.state.telemetry = Telemetry(database, settings)
     install_error_handlers(app)
+    for path, handler in _POLLED.items():
+        app.add_route(path, handler, include_in_schema=False)
     app.include_router(_v1())
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.max_json_bytes)
     app.add_middleware(CleanAddress)
     app.add_middleware(Authentication, database=database)
-    app.add_middleware(RequestFrame)
+    app.add_middleware(UnreadBody)
+    app.add_middleware(OneShape)
+    app.add_middleware(RequestFrame, observe=app.state.telemetry.observe)
     return app
 
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1", dependencies=[Depends(bearer)], responses=_ERRORS)
-    for noun in (files, jobs, grafts, events, evaluations, artifacts, pairs):
+    # `pair_checks` before `pairs`, whose `/pairs/{pair_id}` would take `check` for a pair.
+    for noun in (
+        files,
+        uploads,
+        jobs,
+        estimates,
+        grafts,
+        events,
+        checkpoints,
+        evaluations,
+        artifacts,
+        models,
+        pair_checks,
+        pairs,
+        unoffered,
+    ):
         router.include_router(noun.router)
     return router

@@ -19,7 +19,8 @@ from core.db import Database
 from core.errors import AuthenticationFailed, ShadowError
 from core.keys import Caller, authenticate
 
-OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/redoc", "/openapi.json"})
+#: `/metrics` looks for itself who asks.
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/metrics", "/docs", "/redoc", "/openapi.json"})
 
 #: Below it lie the scripts of the OpenAPI page.
 DOCS_SCRIPTS_PATH = "/docs-scripts"

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
 
-from fastapi import Depends, Query, Request
+import msgspec
+from fastapi import Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
+from api.lanes import LaneBoard
+from api.prepared import PreparedJob
 from core.config import Settings
 from core.db import Database
 from core.errors import InvalidInput, NotFound, PermissionDenied
 from core.keys import Caller
+from core.models import Job
 from core.storage import Storage
 
 Row = TypeVar("Row")
+
+_VERSION = ("id", "team_id", "kind", "version", "status", "not_before", "memory_bytes", "gpu_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -27,19 +34,35 @@ class Service:
     database: Database
     storage: Storage
 
+    @cached_property
+    def job_status(self) -> PreparedJob:
+        """All of a job but its evaluation, which may be long."""
+        names = [name for name in Job.__mapper__.column_attrs.keys() if name != "evaluation"]  # noqa: SIM118 - no dict
+        return PreparedJob(self.database.engine, names)
 
-def _service(request: Request) -> Service:
+    @cached_property
+    def job_version(self) -> PreparedJob:
+        """As much of a job as tells whether it has changed."""
+        return PreparedJob(self.database.engine, _VERSION)
+
+    @cached_property
+    def lanes(self) -> LaneBoard:
+        return LaneBoard(stale_worker_seconds=self.settings.lease_seconds)
+
+
+# These are `async` although they wait for nothing: a plain function would cost each request a hop to a thread.
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-def _caller(request: Request) -> Caller:
+async def _caller(request: Request) -> Caller:
     caller: Caller = request.state.caller
     return caller
 
 
-def _admin(request: Request) -> Caller:
-    caller = _caller(request)
+async def _admin(request: Request) -> Caller:
+    caller = await _caller(request)
     if not caller.is_admin:
         raise PermissionDenied("This needs an admin's key; make one with: shadowft keys create --admin")
     return caller
@@ -68,6 +91,11 @@ class Page(BaseModel):
     last_id: str | None
 
 
+def json_answer(value: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    """An answer that is known to be right: encoded as it is, without a check against the route's model."""
+    return Response(msgspec.json.encode(value), media_type="application/json", headers=headers)
+
+
 def page(items: list[Any], limit: int) -> dict[str, Any]:
     """A page from `limit + 1` rendered items, the last of which only tells whether there are more."""
     shown = items[:limit]
@@ -84,8 +112,12 @@ def owned(session: Session, table: type[Row], item_id: str, caller: Caller, *, w
     """The caller's row. Another team's is as absent as one that never was."""
     row = session.get(table, item_id)
     if row is None or row.team_id != caller.team_id:  # type: ignore[attr-defined]  # every owned table has one
-        raise NotFound(f"No such {what}: {item_id[:100]!r}.", code=code)
+        raise no_such(item_id, what=what, code=code)
     return row
+
+
+def no_such(item_id: str, *, what: str, code: str) -> NotFound:
+    return NotFound(f"No such {what}: {item_id[:100]!r}.", code=code)
 
 
 def cursor(

@@ -11,14 +11,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from core.errors import Conflict, InvalidInput, NotFound, ShadowError, Unavailable
+from core.errors import Conflict, InFlight, InvalidInput, NotFound, QuotaExceeded, ShadowError, Unavailable
 
 #: What pydantic adds to an error's path to say which branch of a union it tried.
 _BRANCHES = ("literal[", "constrained-", "function-", "list[", "dict[", "tuple[", "nullable[", "lax-or-strict")
 _BRANCH_NAMES = frozenset({"int", "float", "str", "bool", "none"})
 #: What pydantic puts before the words of our own validators.
 _PREFIX = "Value error, "
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 
 
 class ErrorDetail(BaseModel):
@@ -41,12 +44,62 @@ def error_response(error: ShadowError) -> JSONResponse:
 
 
 def _headers(error: ShadowError) -> dict[str, str]:
-    # The SDK retries a 409 by itself; the state that made this one will not change by asking again.
-    if isinstance(error, Conflict):
+    if isinstance(error, InFlight):
+        return {"x-should-retry": "true", "retry-after": "1"}
+    # The SDK retries a 409 and a 429 by itself; the state that made this one will not change by asking again.
+    if isinstance(error, Conflict | QuotaExceeded):
         return {"x-should-retry": "false"}
     if isinstance(error, Unavailable):
         return {"retry-after": "5"}
     return {"www-authenticate": "Bearer"} if error.status == 401 else {}
+
+
+class OneShape:
+    """Around the app: an error that a library answers in a form of its own gets the one shape."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        start: Message | None = None
+        text = b""
+
+        async def send_shaped(message: Message) -> None:
+            nonlocal start, text
+            if _is_foreign(message):
+                start = message
+                return
+            if start is None:
+                await send(message)
+                return
+            text += message["body"]
+            if not message.get("more_body"):
+                await _reshaped(start, text)(scope, receive, send)
+
+        await self._app(scope, receive, send_shaped)
+
+
+def _is_foreign(message: Message) -> bool:
+    if message["type"] != "http.response.start" or message["status"] < 400:
+        return False
+    return (b"content-type", b"application/json") not in message["headers"]
+
+
+def _reshaped(start: Message, text: bytes) -> JSONResponse:
+    response = error_response(_plain_error(start["status"], text.decode(errors="replace")[:200]))
+    response.status_code = start["status"]
+    for name, value in start["headers"]:
+        if name == b"content-range":
+            response.headers["content-range"] = value.decode("latin-1")
+    return response
+
+
+def _plain_error(status: int, text: str) -> ShadowError:
+    if status == 416:
+        return InvalidInput("The Range lies outside of the content; Content-Range tells its size.", code="bad_range")
+    if "range" in text.lower():
+        return InvalidInput(f"The Range cannot be understood: {text}", code="bad_range")
+    return InvalidInput(text or f"The request was refused with the status {status}.", code="refused")
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -70,40 +123,64 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     response = error_response(_from_http(request, error))
     response.status_code = error.status_code
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        response.headers["allow"] = ", ".join(_allowed(request))
     return response
 
 
 def _from_http(request: Request, error: HTTPException) -> ShadowError:
-    route = f"{request.method} {request.url.path}"
+    route = f"{request.method} {request.url.path[:200]}"
     if error.status_code == 404:
         return NotFound(f"There is no route {route}. /docs lists the routes.", code="unknown_url")
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
+        allowed = " or ".join(_allowed(request))
         return InvalidInput(f"The route {route} does not exist; this path takes {allowed}.", code="method_not_allowed")
     return InvalidInput(str(error.detail))
 
 
+def _allowed(request: Request) -> list[str]:
+    """Every method that this path takes. The exception names those of one route only, and two may share a path."""
+    found = []
+    for method in _METHODS:
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes):
+            found.append(method)
+    return found
+
+
 def from_validation(errors: Sequence[Any], *, known: Sequence[str] = ()) -> InvalidInput:
-    """The first problem, in words. Where a union failed, the branch that says most is taken."""
+    """The first problem, in words. `known` holds the path of every field of the body. Where a union failed, the branch
+    that says most is taken."""
     first = errors[0]
     param = _param(first["loc"])
     same_place = [error for error in errors if _param(error["loc"]) == param]
     if first["type"] == "missing":
         return InvalidInput(f"Missing required parameter: '{param}'.", code="missing_required_parameter", param=param)
     if first["type"] == "extra_forbidden":
-        return _unknown_parameter(param, known)
+        return unknown_parameter(param, known)
     if first["type"] == "json_invalid":
         return InvalidInput(f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json")
+    if not param and first["type"].endswith("_type"):
+        return InvalidInput(f"The body must be a JSON object; found {_shown(first.get('input'))}.")
     said = " or ".join(dict.fromkeys(_lowered(error["msg"]) for error in same_place))
-    return InvalidInput(
-        f"Invalid value for '{param}': {said}; found {_shown(first.get('input'))}.", param=param or None
-    )
+    if not param:
+        return InvalidInput(f"The body cannot be used: {said}.")
+    return InvalidInput(f"Invalid value for '{param}': {said}; found {_shown(first.get('input'))}.", param=param)
 
 
-def _unknown_parameter(param: str, known: Sequence[str]) -> InvalidInput:
-    near = get_close_matches(param.rpartition(".")[2], known, n=1)
-    meant = f" Did you mean '{near[0]}'?" if near else ""
-    return InvalidInput(f"Unknown parameter: '{param}'.{meant}", code="unknown_parameter", param=param)
+def unknown_parameter(param: str, known: Sequence[str], *, what: str = "parameter") -> InvalidInput:
+    """With the field that was probably meant: one at the same place first, then one of any place."""
+    parent, _, name = param.rpartition(".")
+    beside = [path for path in known if path.rpartition(".")[0] == parent]
+    near = _nearest(name, beside) or _nearest(name, known)
+    meant = f" Did you mean '{near}'?" if near else ""
+    return InvalidInput(f"Unknown {what}: '{param}'.{meant}", code="unknown_parameter", param=param)
+
+
+def _nearest(name: str, paths: Sequence[str]) -> str | None:
+    by_name = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    near = get_close_matches(name, by_name, n=1)
+    return by_name[near[0]] if near else None
 
 
 def _param(location: Sequence[str | int]) -> str:
@@ -126,14 +203,15 @@ def _shown(value: Any) -> str:
 
 
 def _field_names(request: Request) -> list[str]:
-    """Every field of the route's body, nested ones too: what a misspelt one may have meant."""
+    """The path of every field of the route's body: what a misspelt one may have meant."""
     field = getattr(request.scope.get("route"), "body_field", None)
     annotation = field.field_info.annotation if field else None
     return sorted(_fields_of(annotation)) if annotation else []
 
 
-def _fields_of(annotation: Any) -> set[str]:
+def _fields_of(annotation: Any, prefix: str = "") -> set[str]:
     if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-        return set().union(*(_fields_of(part) for part in getattr(annotation, "__args__", ())))
-    names = set(annotation.model_fields)
-    return names.union(*(_fields_of(field.annotation) for field in annotation.model_fields.values()))
+        return set().union(*(_fields_of(part, prefix) for part in getattr(annotation, "__args__", ())))
+    fields = annotation.model_fields
+    inner = (_fields_of(field.annotation, f"{prefix}{name}.") for name, field in fields.items())
+    return {f"{prefix}{name}" for name in fields}.union(*inner)

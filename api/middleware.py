@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 import structlog
 from sqlalchemy.exc import OperationalError
@@ -17,17 +19,25 @@ from core.errors import InvalidInput, ShadowError, TooLarge, Unavailable
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
-#: The only path whose body may be large; it counts for itself.
-UPLOAD_PATH = "/v1/files"
+#: The paths whose bodies may be large; they count for themselves.
+_UPLOAD_PATH = re.compile(r"/v1/files/?|/v1/uploads/[^/]+/parts/?")
+
+#: So much of a body that nobody reads is let through, so that the connection can be used again.
+MAX_DRAINED_BYTES = 64 * 1024
 
 log = structlog.get_logger("api")
 
 
 class RequestFrame:
-    """Outermost, so that errors of every layer below carry the id and the shape that the contract promises."""
+    """Outermost, so that errors of every layer below carry the id and the shape that the contract promises.
 
-    def __init__(self, app: ASGIApp) -> None:
+    `observe` is told of every request: its scope, its status (0 without an answer), and the seconds until the answer
+    began.
+    """
+
+    def __init__(self, app: ASGIApp, observe: Callable[[Scope, int, float], None]) -> None:
         self._app = app
+        self._observe = observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -37,15 +47,15 @@ class RequestFrame:
         request_id = _request_id(headers)
         structlog.contextvars.bind_contextvars(request_id=request_id)
         started = time.perf_counter()
-        status = 0
+        status, waited = 0, 0.0
 
         async def send_framed(message: Message) -> None:
-            nonlocal status
+            nonlocal status, waited
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, waited = message["status"], time.perf_counter() - started
                 answer = MutableHeaders(scope=message)
                 answer["x-request-id"] = request_id
-                answer["openai-processing-ms"] = str(round((time.perf_counter() - started) * 1000))
+                answer["openai-processing-ms"] = str(round(waited * 1000))
             await send(message)
 
         try:
@@ -55,6 +65,7 @@ class RequestFrame:
             if status == 0:
                 await error_response(_in_words(error, request_id))(scope, receive, send_framed)
         finally:
+            self._observe(scope, status, waited if status else time.perf_counter() - started)
             log.info(
                 "request",
                 method=scope["method"],
@@ -81,14 +92,14 @@ class CleanAddress:
 
 
 class BodyLimit:
-    """No body of more than `max_bytes`, whether it says so or not; an upload counts its own."""
+    """No body of more than `max_bytes`, whether it says so or not; an upload of a file counts its own."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].rstrip("/") == UPLOAD_PATH:
+        if scope["type"] != "http" or _UPLOAD_PATH.fullmatch(scope["path"]):
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "0")
@@ -109,6 +120,43 @@ class BodyLimit:
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"The body is larger than {self._max_bytes:,} bytes.")
+
+
+class UnreadBody:
+    """An answer that comes before the body has ends the connection: a gigabyte for which nobody has a use is not read.
+
+    Without this the server would read the rest, to find the next request behind it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        left = _announced(Headers(scope=scope)) if scope["type"] == "http" else 0
+        if not left:
+            await self._app(scope, receive, send)
+            return
+
+        async def receive_counted() -> Message:
+            nonlocal left
+            message = await receive()
+            left = left - len(message.get("body", b"")) if message.get("more_body") else 0
+            return message
+
+        async def send_closing(message: Message) -> None:
+            if message["type"] == "http.response.start" and left > MAX_DRAINED_BYTES:
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        await self._app(scope, receive_counted, send_closing)
+
+
+def _announced(headers: Headers) -> float:
+    """Bytes of body that the headers tell of; infinite where they tell of one without its size."""
+    if "transfer-encoding" in headers:
+        return math.inf
+    declared = headers.get("content-length", "0")
+    return int(declared) if declared.isdecimal() else 0
 
 
 def _request_id(headers: Headers) -> str:

@@ -7,8 +7,13 @@
     ├── AuthenticationFailed    401
     ├── PermissionDenied        403
     ├── NotFound                404
+    ├── TooSlow                 408  the body did not arrive in time
     ├── Conflict                409  the thing exists, but its state forbids the act
+    │   └── InFlight                 the same request is being answered just now; trying again helps
     ├── TooLarge                413
+    ├── RangeUnusable           416  a `Range` that names no byte of the file
+    ├── QuotaExceeded           429  the team's storage is full; asking again changes nothing
+    ├── UnsupportedMedia        415  a body in a form that is not read here
     ├── Unavailable             503  a part that this needs is away; trying again helps
     ├── StepFailed                   a job's step ended badly; carries a Cause
     └── LeaseLost                    another worker may own the job by now: stop, write nothing
@@ -113,6 +118,14 @@ class NotFound(ShadowError):
     fault = "user"
 
 
+class TooSlow(ShadowError):
+    status = 408
+    type = "invalid_request_error"
+    default_code = "request_timeout"
+    fault = "user"
+    retryable = True
+
+
 class Conflict(ShadowError):
     status = 409
     type = "invalid_request_error"
@@ -120,10 +133,38 @@ class Conflict(ShadowError):
     fault = "user"
 
 
+class InFlight(Conflict):
+    default_code = "request_in_flight"
+    retryable = True
+
+
 class TooLarge(ShadowError):
     status = 413
     type = "invalid_request_error"
     default_code = "too_large"
+    fault = "user"
+
+
+class UnsupportedMedia(ShadowError):
+    status = 415
+    type = "invalid_request_error"
+    default_code = "unsupported_media_type"
+    fault = "user"
+
+
+class RangeUnusable(ShadowError):
+    status = 416
+    type = "invalid_request_error"
+    default_code = "bad_range"
+    fault = "user"
+
+
+class QuotaExceeded(ShadowError):
+    """A client would try a 429 again by itself; the answer says that it need not."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "quota_exceeded"
     fault = "user"
 
 

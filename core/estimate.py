@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from core.checkpoints import Checkpoint
 from core.config import GIBIBYTE
 from core.graft_plan import is_linear, vocabulary_size
-from core.job_spec import Tuning
+from core.job_spec import JobSpec, OutputDtype, Tuning
 
 #: Interpreter, torch and the allocator's slack.
 PROCESS_BYTES = GIBIBYTE
@@ -31,6 +32,14 @@ ANSWERED_TOKENS = 8192
 GRAFT_BYTES = PROCESS_BYTES
 #: A trainable weight, its gradient, and AdamW's two moments, all float32.
 TRAINABLE_BYTES = 16
+#: Characters of one token, in texts where tokens are long (plain English: four and more) and where they are short
+#: (digits, code in odd languages, Chinese).
+LONGEST_TOKEN_CHARACTERS = 5.0
+SHORTEST_TOKEN_CHARACTERS = 1.5
+#: Tokens that a chat format puts around a row.
+FORMAT_TOKENS = 30
+#: Checkpoints that a LoRA publishes beside its adapter: two epochs' ends before the last, and the best one.
+OTHER_CHECKPOINTS = 3
 #: Where a config does not say: a guess on the high side.
 DEFAULT_LAYERS = 128
 DEFAULT_HIDDEN = 8192
@@ -66,6 +75,40 @@ def lora_parameter_count(checkpoint: Checkpoint, rank: int) -> int:
     """Parameters of a LoRA of `rank` on every linear: rank * (rows + columns) each."""
     linears = [info for name, info in checkpoint.tensors.items() if is_linear(name) and len(info.shape) >= 2]
     return sum(rank * sum(info.shape[-2:]) * math.prod(info.shape[:-2]) for info in linears)
+
+
+def token_range(characters: int, rows: int) -> tuple[int, int]:
+    """The fewest and the most tokens that so many characters in so many rows may be."""
+    fewest = math.ceil(characters / LONGEST_TOKEN_CHARACTERS)
+    return fewest, math.ceil(characters / SHORTEST_TOKEN_CHARACTERS) + FORMAT_TOKENS * rows
+
+
+@dataclass(frozen=True)
+class DiskBytes:
+    #: Both models, where the workers' cache does not hold them.
+    download: int
+    #: What the worker's data folder holds for a while, links to models not counted.
+    workspace: int
+    #: What storage keeps until the model is deleted.
+    artifacts: int
+
+
+def disk_bytes(spec: JobSpec, start: Checkpoint, instruct: Checkpoint, *, download: int) -> DiskBytes:
+    """Weights only: what lies beside them is small. `start` is the model that is tuned."""
+    graft = _stored_bytes(instruct, spec.graft.output_dtype)
+    if spec.tuning.type == "lora":
+        adapter = FLOAT32_BYTES * lora_parameter_count(start, spec.tuning.rank)
+        learned = published = adapter * (1 + min(spec.tuning.n_epochs - 1, OTHER_CHECKPOINTS))
+    else:
+        learned = FLOAT32_BYTES * start.parameter_count * (2 if spec.saves_delta else 1)
+        published = FLOAT32_BYTES * start.parameter_count if spec.saves_delta else 0
+    return DiskBytes(download=download, workspace=learned + len(spec.scales) * graft, artifacts=published + graft)
+
+
+def _stored_bytes(checkpoint: Checkpoint, dtype: OutputDtype) -> int:
+    if dtype == "auto":
+        return checkpoint.total_bytes
+    return checkpoint.parameter_count * (FLOAT32_BYTES if dtype == "float32" else 2)
 
 
 def _frozen_bytes(checkpoint: Checkpoint, tuning: Tuning, device: str) -> int:

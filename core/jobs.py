@@ -12,7 +12,7 @@ raised. No verb commits: the caller does, and only then nudges a worker.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -24,11 +24,12 @@ from core.db import db_now
 from core.errors import Cause, Conflict, LeaseLost
 from core.ids import new_id
 from core.job_spec import JobSpec
-from core.models import Artifact, File, Job, JobEvent, Metric, Worker
+from core.models import Artifact, Checkpoint, File, Job, JobEvent, Metric, PairCheck, Worker
 
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Phase = Literal["preparing", "training", "grafting", "evaluating", "publishing", "cancelling"]
 Wish = Literal["run", "pause", "cancel"]
+Queue = Literal["jobs", "light"]
 
 TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 #: States from which a cancel needs no worker's help.
@@ -70,6 +71,16 @@ class Outcome:
     #: None where a graft's comparison was left out.
     evaluation: dict[str, Any] | None
     graft_result: dict[str, Any]
+    #: In the order of their steps.
+    checkpoints: Sequence[Checkpoint] = ()
+
+
+@dataclass(frozen=True)
+class LivingLane:
+    """What a living worker runs jobs on."""
+
+    device: str
+    memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,7 @@ class Waiting:
     jobs: bool = False
     admissions: bool = False
     files: bool = False
+    pair_checks: bool = False
     lost: list[str] = field(default_factory=list)
 
 
@@ -109,6 +121,7 @@ def admit(
     *,
     memory_bytes: int,
     gpu_memory_bytes: int | None = None,
+    pair_check: dict[str, Any] | None = None,
     notes: Sequence[NewEvent] = (),
 ) -> bool:
     """validating_files -> queued. False where the job has left that state meanwhile."""
@@ -118,6 +131,7 @@ def admit(
         .values(
             status="queued",
             spec=spec.model_dump(mode="json"),
+            pair_check=pair_check,
             memory_bytes=memory_bytes,
             gpu_memory_bytes=gpu_memory_bytes,
             infra_retries=0,
@@ -133,9 +147,9 @@ def admit(
     return True
 
 
-def refuse(session: Session, job_id: str, cause: Cause) -> bool:
+def refuse(session: Session, job_id: str, cause: Cause, *, pair_check: dict[str, Any] | None = None) -> bool:
     """validating_files -> failed. False where the job has left that state meanwhile."""
-    return _end(session, job_id, Job.status == "validating_files", "failed", cause)
+    return _end(session, job_id, Job.status == "validating_files", "failed", cause, pair_check=pair_check)
 
 
 def postpone(session: Session, job_id: str, cause: Cause, *, max_retries: int) -> None:
@@ -263,9 +277,10 @@ def succeed(session: Session, claim: Claim, outcome: Outcome) -> bool:
     if row is None:
         _write_fenced(session, claim)  # raises where it was the lease
         return False
-    session.add_all([*outcome.result_files, *outcome.artifacts])
+    session.add_all([*outcome.result_files, *outcome.artifacts, *outcome.checkpoints])
+    passed = [NewEvent(f"Checkpoint created at step {checkpoint.step}") for checkpoint in outcome.checkpoints]
     created = NewEvent(f"New fine-tuned model created: {row.fine_tuned_model}")
-    add_events(session, claim.job_id, [created, NewEvent("The job has successfully completed")])
+    add_events(session, claim.job_id, [*passed, created, NewEvent("The job has successfully completed")])
     return True
 
 
@@ -347,6 +362,7 @@ def sweep(session: Session, *, max_lost_workers: int, stale_worker_seconds: floa
         jobs=_any(session, Job.id, and_(Job.status == "queued", _due())),
         admissions=_any(session, Job.id, admissible()),
         files=_any(session, File.id, file_waits()),
+        pair_checks=_any(session, PairCheck.id, pair_check_waits()),
         lost=lost,
     )
 
@@ -355,6 +371,12 @@ def file_waits() -> ColumnElement[bool]:
     """Files that nobody has checked and nobody is checking."""
     free = or_(File.check_lease_until.is_(None), File.check_lease_until <= db_now())
     return and_(File.status == "uploaded", free)
+
+
+def pair_check_waits() -> ColumnElement[bool]:
+    """Checks of pairs that nobody has completed and nobody is at."""
+    free = or_(PairCheck.check_lease_until.is_(None), PairCheck.check_lease_until <= db_now())
+    return and_(PairCheck.status.in_(("queued", "running")), free)
 
 
 def _take_back(session: Session, job_id: str, attempt: int, max_lost_workers: int) -> bool:
@@ -388,13 +410,19 @@ def _poison(max_lost_workers: int) -> Cause:
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def waiting_for(session: Session, job: Job, *, stale_worker_seconds: float) -> str | None:
-    """Why a live job does not move, in a sentence; None while nothing is amiss."""
+def living_lanes(session: Session, queue: Queue, *, stale_worker_seconds: float) -> Sequence[LivingLane]:
+    """What each worker that takes work from the queue just now can hold."""
+    alive = and_(Worker.queue == queue, Worker.beat_at > db_now(-stale_worker_seconds), Worker.draining.is_(False))
+    return [LivingLane(*row) for row in session.execute(select(Worker.device, Worker.lane_memory_bytes).where(alive))]
+
+
+def waiting_for(job: Job, lanes_of: Callable[[Queue], Sequence[LivingLane]]) -> str | None:
+    """Why a live job does not move, in a sentence; None while nothing is amiss. `lanes_of` a queue is asked only where
+    the answer depends on it."""
     if job.status not in {"validating_files", "queued"}:
         return None
-    queue = "light" if job.status == "validating_files" else "jobs"
-    alive = and_(Worker.queue == queue, Worker.beat_at > db_now(-stale_worker_seconds), Worker.draining.is_(False))
-    lanes = session.execute(select(Worker.device, Worker.lane_memory_bytes).where(alive)).all()
+    queue: Queue = "light" if job.status == "validating_files" else "jobs"
+    lanes = lanes_of(queue)
     if not lanes:
         return (
             f"No worker for the queue '{queue}' is running; the job waits. Start one: shadowft worker --queue {queue}"
@@ -403,9 +431,9 @@ def waiting_for(session: Session, job: Job, *, stale_worker_seconds: float) -> s
         return f"The job is tried again at {job.not_before:%H:%M:%S} UTC; its last event says why."
     if job.memory_bytes is None:
         return None
-    needs = [_needed(job, device) for device, _ in lanes]
-    if all(need > lane.lane_memory_bytes for need, lane in zip(needs, lanes, strict=True)):
-        largest = max(lane.lane_memory_bytes for lane in lanes)
+    needs = [_needed(job, lane.device) for lane in lanes]
+    if all(need > lane.memory_bytes for need, lane in zip(needs, lanes, strict=True)):
+        largest = max(lane.memory_bytes for lane in lanes)
         return (
             f"The job needs about {min(needs) / 2**30:.1f} GiB and the largest lane holds "
             f"{largest / 2**30:.1f} GiB; it waits for a larger worker."
@@ -489,9 +517,11 @@ def _ended(status: Status) -> dict[str, Any]:
     return {**_released(status), "finished_at": db_now()}
 
 
-def _end(session: Session, job_id: str, guard: ColumnElement[bool], status: Status, cause: Cause | None) -> bool:
+def _end(
+    session: Session, job_id: str, guard: ColumnElement[bool], status: Status, cause: Cause | None, **also: Any
+) -> bool:
     """Move a job to `failed` or `cancelled` if `guard` holds for it, with the event that says so."""
-    values = {**_ended(status), "error": cause.as_dict() if cause else None}
+    values = {**_ended(status), "error": cause.as_dict() if cause else None, **also}
     changed = session.execute(update(Job).where(Job.id == job_id, guard).values(values).returning(Job.id)).first()
     if changed is None:
         return False

@@ -5,7 +5,20 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, CheckConstraint, ForeignKey, Index, Integer, String, UniqueConstraint, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Text,
+    UniqueConstraint,
+    literal_column,
+    text,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -75,6 +88,50 @@ class File(Base):
     check_lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
     #: How often a check was begun; one that the infrastructure broke is begun again, within a budget.
     check_tries: Mapped[int] = mapped_column(default=0)
+    #: From then on a sweep deletes it, unless a live job reads it.
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime, index=True)
+    created_at: Mapped[datetime] = _created()
+
+
+class Upload(Base):
+    """A large file on its way in by parts. See `core.uploads` for who may change what."""
+
+    __tablename__ = "upload"
+    __table_args__ = (
+        CheckConstraint("status IN ('pending', 'completed', 'cancelled', 'expired')", name="status"),
+        CheckConstraint("(status = 'completed') = (file_id IS NOT NULL)", name="file_once_completed"),
+        Index("ix_upload_status_expires_at", "status", "expires_at"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    team_id: Mapped[str] = mapped_column(ForeignKey("team.id"), index=True)
+    filename: Mapped[str] = mapped_column(String(512))
+    mime_type: Mapped[str] = mapped_column(String(255))
+    purpose: Mapped[str] = mapped_column(String(32))
+    #: As declared; the parts must add up to it.
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    #: How long the finished file is kept; None for ever.
+    file_lifetime_seconds: Mapped[int | None]
+    status: Mapped[str] = mapped_column(String(16), default="pending")
+    #: What it was completed with; the same again is answered alike.
+    part_ids: Mapped[list[str] | None] = mapped_column(JsonColumn)
+    md5: Mapped[str | None] = mapped_column(String(32))
+    #: No foreign key: the file may be deleted, the upload stays as it went.
+    file_id: Mapped[str | None] = mapped_column(String(40))
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime] = _created()
+
+
+class UploadPart(Base):
+    """A part that lies in storage while its upload is pending."""
+
+    __tablename__ = "upload_part"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    upload_id: Mapped[str] = mapped_column(ForeignKey("upload.id", ondelete="CASCADE"), index=True)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    storage_key: Mapped[str] = mapped_column(String(256))
     created_at: Mapped[datetime] = _created()
 
 
@@ -90,6 +147,45 @@ class Pair(Base):
     created_at: Mapped[datetime] = _created()
 
 
+class PairCheck(Base):
+    """A check of a pair, and its verdict once it has completed; the light worker's, as a file's check is."""
+
+    __tablename__ = "pair_check"
+    __table_args__ = (
+        CheckConstraint("status IN ('queued', 'running', 'completed', 'failed')", name="status"),
+        CheckConstraint("depth IN ('headers', 'full')", name="depth"),
+        Index("ix_pair_check_fingerprint_id", "fingerprint", "id"),
+        Index(
+            "ix_pair_check_waiting",
+            "created_at",
+            sqlite_where=text("status IN ('queued', 'running')"),
+            postgresql_where=text("status IN ('queued', 'running')"),
+        ),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    team_id: Mapped[str] = mapped_column(ForeignKey("team.id"), index=True)
+    #: The pair's name where it was asked for by that.
+    pair: Mapped[str | None] = mapped_column(String(128))
+    #: ModelSource, pinned to a commit once the Hub has been asked.
+    base: Mapped[dict[str, Any]] = mapped_column(JsonColumn)
+    instruct: Mapped[dict[str, Any]] = mapped_column(JsonColumn)
+    depth: Mapped[str] = mapped_column(String(8))
+    status: Mapped[str] = mapped_column(String(16))
+    #: What was found so far; each with the stage that found it.
+    findings: Mapped[list[dict[str, Any]]] = mapped_column(JsonColumn)
+    similarity: Mapped[dict[str, Any] | None] = mapped_column(JsonColumn)
+    #: What the second stage read, in one hash: an equal one needs not be read again.
+    fingerprint: Mapped[str | None] = mapped_column(String(64))
+    error: Mapped[dict[str, Any] | None] = mapped_column(JsonColumn)
+    #: Until then one light worker is at it.
+    check_lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    #: How often it was begun; also the fence: a worker that lost the check to a later try writes nothing.
+    check_tries: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[datetime] = _created()
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
 class Job(Base):
     """The truth about a job. See `core.jobs` for who may change what."""
 
@@ -103,6 +199,8 @@ class Job(Base):
         CheckConstraint("(status = 'running') = (lease_until IS NOT NULL)", name="lease_only_while_running"),
         CheckConstraint("(status = 'running') = (phase IS NOT NULL)", name="phase_only_while_running"),
         Index("ix_job_team_id_id", "team_id", "id"),
+        Index("ix_job_team_id_fine_tuned_model", "team_id", "fine_tuned_model"),
+        Index("ix_job_kind_status", "kind", "status"),
         Index("ix_job_status_created_at", "status", "created_at"),
     )
 
@@ -122,6 +220,8 @@ class Job(Base):
     request: Mapped[dict[str, Any]] = mapped_column(JsonColumn)
     #: JobSpec, from admission on.
     spec: Mapped[dict[str, Any] | None] = mapped_column(JsonColumn)
+    #: `{verdict, findings, similarity}`, from the admission of a fine-tuning job on, also where it refused the pair.
+    pair_check: Mapped[dict[str, Any] | None] = mapped_column(JsonColumn)
 
     status: Mapped[str] = mapped_column(String(20))
     phase: Mapped[str | None] = mapped_column(String(20))
@@ -139,6 +239,8 @@ class Job(Base):
     gpu_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
     #: Events so far; the next one's number is one more.
     event_count: Mapped[int] = mapped_column(default=0)
+    #: Raised by each write of the row, whoever does it: what a poll compares instead of the job itself.
+    version: Mapped[int] = mapped_column(default=0, server_default="0", onupdate=literal_column("version + 1"))
 
     #: `{step, total_steps, loss}` of the running step.
     progress: Mapped[dict[str, Any] | None] = mapped_column(JsonColumn)
@@ -194,6 +296,48 @@ class Metric(Base):
     created_at: Mapped[datetime] = _created()
 
 
+class Checkpoint(Base):
+    """A state that a training passed through and that can still be had: the end of an epoch."""
+
+    __tablename__ = "checkpoint"
+    __table_args__ = (UniqueConstraint("job_id", "step"),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"))
+    step: Mapped[int]
+    #: What was measured at that step, with the keys of the fine-tuning contract.
+    metrics: Mapped[dict[str, Any]] = mapped_column(JsonColumn)
+    #: Below this part of their path lie the artifacts with its change: `adapter`, `checkpoints/step-12`, `delta`. None:
+    #: full tuning whose change was not published.
+    folder: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[datetime] = _created()
+
+
+class PhaseTime(Base):
+    """How long a finished phase of a job took, and how much there was to do: what estimates are made from."""
+
+    __tablename__ = "phase_time"
+    __table_args__ = (Index("ix_phase_time_pair_id", "pair", "id"),)
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"), index=True)
+    #: The name of the job's pair.
+    pair: Mapped[str] = mapped_column(String(128))
+    #: `lora`, `full`, or `graft` for a job that trains nothing.
+    tuning: Mapped[str] = mapped_column(String(8))
+    phase: Mapped[str] = mapped_column(String(20))
+    #: `cpu` or `cuda`.
+    device: Mapped[str] = mapped_column(String(8))
+    seconds: Mapped[float] = mapped_column(Double)
+    #: Of them, those that grow with the work; the rest is starting and loading.
+    busy_seconds: Mapped[float] = mapped_column(Double)
+    #: Of the pair's instruct model.
+    parameters: Mapped[int] = mapped_column(BigInteger)
+    #: In the unit of the phase: see `core.history`.
+    work: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = _created()
+
+
 class Artifact(Base):
     """One file that a job published."""
 
@@ -209,6 +353,27 @@ class Artifact(Base):
     bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))
     storage_key: Mapped[str] = mapped_column(String(512))
+    created_at: Mapped[datetime] = _created()
+
+
+class IdempotencyKey(Base):
+    """What was answered to a request that created something. See `core.idempotency`."""
+
+    __tablename__ = "idempotency_key"
+    __table_args__ = (
+        UniqueConstraint("team_id", "route", "key"),
+        Index("ix_idempotency_key_retry", "team_id", "route", "body_sha256"),
+        Index("ix_idempotency_key_created_at", "created_at"),
+    )
+
+    id: Mapped[int] = mapped_column(RowId, primary_key=True)
+    team_id: Mapped[str] = mapped_column(ForeignKey("team.id"))
+    route: Mapped[str] = mapped_column(String(64))
+    #: None: the client sent none; its retry is known by the body.
+    key: Mapped[str | None] = mapped_column(String(255))
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    #: The JSON that was answered.
+    answer: Mapped[str] = mapped_column(Text)
     created_at: Mapped[datetime] = _created()
 
 

@@ -26,9 +26,19 @@ FORBIDDEN = {
 }
 
 #: How high a module of worker stands; an import goes down. What is not named is a helper.
-HEIGHT = {"worker.tasks": 3, "worker.sweep": 2, "worker.admission": 2, "worker.file_check": 2, "worker.pipeline": 1}
+HEIGHT = {
+    "worker.tasks": 4,
+    "worker.sweep": 3,
+    "worker.admission": 3,
+    "worker.file_check": 3,
+    "worker.pair_check": 2,
+    "worker.pipeline": 1,
+}
 #: What runs in a job's child, and may therefore import torch.
-IN_A_CHILD = ("worker.steps.", "worker.weights.", "worker.chat_text", "worker.scoring", "worker.report")
+IN_A_CHILD = (
+    *("worker.steps.", "worker.weights.", "worker.chat_text", "worker.scoring", "worker.report"),
+    *("worker.pair_inspection", "worker.tokenizers_check"),
+)
 
 
 @cache

@@ -8,10 +8,11 @@ from fastapi import APIRouter
 
 from api.deps import CallerDep, ServiceDep
 from api.routes.jobs import own_job
+from api.strict_json import StrictRoute
 from core.errors import Conflict
 from core.models import Job
 
-router = APIRouter(prefix="/fine_tuning/jobs/{job_id}/evaluation", tags=["Fine-tuning jobs"])
+router = APIRouter(prefix="/fine_tuning/jobs/{job_id}/evaluation", tags=["Fine-tuning jobs"], route_class=StrictRoute)
 
 
 @router.get("")

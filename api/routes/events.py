@@ -1,52 +1,92 @@
-"""A job's events."""
+"""A job's events: in pages, or as a stream."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Header, Query, Request, Response
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.deps import After, CallerDep, Page, ServiceDep, page, timestamp
+from api.deps import After, CallerDep, Page, ServiceDep, json_answer, page
+from api.event_stream import EventStream, render
 from api.routes.jobs import own_job
+from api.strict_json import StrictRoute
 from core.errors import InvalidInput
-from core.models import JobEvent
+from core.jobs import TERMINAL
+from core.models import Job, JobEvent
 
-router = APIRouter(prefix="/fine_tuning/jobs/{job_id}/events", tags=["Fine-tuning jobs"])
+router = APIRouter(prefix="/fine_tuning/jobs/{job_id}/events", tags=["Fine-tuning jobs"], route_class=StrictRoute)
+
+DEFAULT_LIMIT = 20
+
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {
+            "text/event-stream": {
+                "schema": {"type": "string"},
+                "example": 'id: ftevent-01k9\ndata: {"object": "fine_tuning.job.event", "message": "…"}\n\n',
+            }
+        }
+    },
+    204: {"description": "A stream that is taken up after the job's last event: there is nothing more to come."},
+}
 
 
-@router.get("", response_model=Page)
+@router.get("", response_model=Page, responses=_RESPONSES)
 def list_events(
     job_id: str,
+    request: Request,
     caller: CallerDep,
     service: ServiceDep,
     after: After = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
-) -> dict[str, Any]:
-    """What happened to the job, newest first."""
+    limit: Annotated[int | None, Query(ge=1, le=1000, description=f"Null: {DEFAULT_LIMIT}.")] = None,
+    stream: Annotated[
+        bool,
+        Query(
+            description="Send every event, the oldest first, as Server-Sent Events while they happen; the stream ends "
+            "with `[DONE]` after the job's last one."
+        ),
+    ] = False,
+    last_event_id: Annotated[
+        str | None,
+        Header(alias="Last-Event-ID", description="Take a stream up after this event. An `EventSource` sends it."),
+    ] = None,
+) -> Response:
+    """What happened to the job: in pages, newest first, or with `stream=true` as it happens."""
     with service.database.reading() as session:
-        own_job(session, job_id, caller)
+        job = own_job(session, job_id, caller)
+        if stream:
+            _refuse_pages(after, limit)
+            return _stream(request, job, _position(session, job, last_event_id))
+        limit = limit or DEFAULT_LIMIT
         query = select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.seq.desc()).limit(limit + 1)
         if after is not None:
-            query = query.where(JobEvent.seq < _seq(session, job_id, after))
-        return page([_render(event) for event in session.scalars(query)], limit)
+            query = query.where(JobEvent.seq < _seq(session, job_id, after, "after"))
+        return json_answer(page([render(event) for event in session.scalars(query)], limit))
 
 
-def _seq(session: Session, job_id: str, event_id: str) -> int:
+def _stream(request: Request, job: Job, position: int) -> Response:
+    if position and position == job.event_count and job.status in TERMINAL:
+        return Response(status_code=204)  # at which an `EventSource` stops asking
+    return EventStream(request.app.state.feed, job, position)
+
+
+def _refuse_pages(after: str | None, limit: int | None) -> None:
+    for name, value in (("after", after), ("limit", limit)):
+        if value is not None:
+            raise InvalidInput(
+                f"A stream has no pages; leave out '{name}', and take it up again with the header Last-Event-ID.",
+                param=name,
+            )
+
+
+def _position(session: Session, job: Job, last_event_id: str | None) -> int:
+    return 0 if last_event_id is None else _seq(session, job.id, last_event_id, "Last-Event-ID")
+
+
+def _seq(session: Session, job_id: str, event_id: str, param: str) -> int:
     event = session.get(JobEvent, event_id)
     if event is None or event.job_id != job_id:
-        raise InvalidInput(f"The cursor 'after' names no event of this job: {event_id[:100]!r}.", param="after")
+        raise InvalidInput(f"The cursor '{param}' names no event of this job: {event_id[:100]!r}.", param=param)
     return event.seq
-
-
-def _render(event: JobEvent) -> dict[str, Any]:
-    return {
-        "id": event.id,
-        "object": "fine_tuning.job.event",
-        "created_at": timestamp(event.created_at),
-        "level": event.level,
-        "type": event.type,
-        "message": event.message,
-        "data": event.data,
-    }

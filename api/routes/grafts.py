@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.deps import After, CallerDep, Page, Service, ServiceDep, StrictModel, page
-from api.routes.jobs import GraftOptions, JobError, Metadata, Scale, Suffix, jobs_page, render_life
+from api.deps import After, CallerDep, Page, Service, ServiceDep, StrictModel, json_answer, no_such, page
+from api.idempotency import IntentDep, first_answer, replayed
+from api.polling import POLLED, answer_poll
+from api.routes.jobs import GraftOptions, JobError, JobStatus, Metadata, Scale, Suffix, jobs_page, render_life
 from api.strict_json import StrictRoute
 from core import jobs
 from core.broker import nudge
 from core.errors import Conflict, InvalidInput, NotFound, ShadowError
+from core.fine_tuned_models import find_checkpoint, find_model
+from core.history import tuning_of
 from core.job_spec import DeltaFile, DeltaKind, DeltaSource, PairSource
 from core.keys import Caller
 from core.models import Artifact, Job
@@ -64,9 +68,10 @@ class GraftRequest(GraftOptions):
     )
     source: str = Field(
         min_length=1,
-        max_length=100,
-        description="A succeeded job (`ftjob-…`), or one of its artifacts (`art_…`) of the kind `adapter` or `delta`. "
-        "A job of LoRA always has its adapter; one of full tuning has a delta where it asked for `publish.delta`.",
+        max_length=300,
+        description="A succeeded job (`ftjob-…`), its model (`ft:…`), one of its checkpoints (`ftckpt_…` or "
+        "`ft:…:ckpt-step-N`), or one of its artifacts (`art_…`) of the kind `adapter` or `delta`. A job of LoRA always "
+        "has its adapter; one of full tuning has a delta where it asked for `publish.delta`.",
     )
     suffix: Suffix | None = Field(None, description="Becomes part of the grafted model's name, `fine_tuned_model`.")
     metadata: Metadata | None = Field(
@@ -95,9 +100,7 @@ class GraftObject(BaseModel):
     pair: str = Field(description="The pair whose instruct model is the target.")
     fine_tuned_model: str | None = Field(description="The grafted model's name. Null: the graft has not succeeded.")
     organization_id: str = Field(description="The team.")
-    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"] = Field(
-        description="As of a fine-tuning job."
-    )
+    status: JobStatus = Field(description="As of a fine-tuning job.")
     phase: str | None = Field(
         description="What a worker does just now: `preparing`, `grafting`, `evaluating`, `publishing` or `cancelling`. "
         "Null: none works on it."
@@ -124,15 +127,18 @@ class GraftObject(BaseModel):
 
 
 @router.post("", response_model=GraftObject)
-def create_graft(body: GraftRequest, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
+def create_graft(body: GraftRequest, caller: CallerDep, service: ServiceDep, intent: IntentDep) -> Response:
     """Graft what an earlier job learned onto the target, without training. Runs as a job: poll its status."""
     with service.database.writing() as session:
+        if (earlier := replayed(session, intent)) is not None:
+            return earlier
         pair = _find_target(session, body.target)
-        source, kind = _find_source(session, body.source, caller)
-        job = jobs.create(session, _new_job(body, caller, pair, source, _delta(session, source, kind)))
+        source, folder = _find_source(session, body.source, caller)
+        job = jobs.create(session, _new_job(body, caller, pair, source, _delta(session, source, folder)))
+        answer = first_answer(session, intent, _render(session, job, service))
         session.commit()
         nudge("admit")
-        return _render(session, job, service)
+        return answer
 
 
 @router.get("", response_model=Page)
@@ -141,21 +147,23 @@ def list_grafts(
     service: ServiceDep,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-) -> dict[str, Any]:
-    """List the team's grafts."""
+) -> Response:
+    """List the team's grafts, newest first."""
     with service.database.reading() as session:
         found = jobs_page(session, caller, "graft", after, limit)
-        return page([_render(session, job, service) for job in found], limit)
+        return json_answer(page([_render(session, job, service) for job in found], limit))
 
 
-@router.get("/{graft_id}", response_model=GraftObject)
-def retrieve_graft(graft_id: str, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
+@router.get("/{graft_id}", response_model=GraftObject, responses=POLLED)
+def retrieve_graft(graft_id: str, request: Request) -> Response:
     """One graft's status."""
-    with service.database.reading() as session:
-        job = session.get(Job, graft_id)
-        if job is None or job.team_id != caller.team_id or job.kind != "graft":
-            raise NotFound(f"No such graft: {graft_id[:100]!r}.", code="graft_not_found")
-        return _render(session, job, service)
+    return answer_poll(
+        request,
+        graft_id,
+        is_shown=lambda job: job.kind == "graft",
+        absent=lambda: no_such(graft_id, what="graft", code="graft_not_found"),
+        render=_render,
+    )
 
 
 # --- target and source ----------------------------------------------------------------------------------------------
@@ -169,17 +177,35 @@ def _find_target(session: Session, target: str) -> PairSource:
         raise
 
 
-def _find_source(session: Session, source: str, caller: Caller) -> tuple[Job, DeltaKind]:
-    """The job that learned the change, and the artifacts that hold it."""
+def _find_source(session: Session, source: str, caller: Caller) -> tuple[Job, str]:
+    """The job that learned the change, and the part of their path below which the artifacts that hold it lie."""
+    if found := find_checkpoint(session, caller.team_id, source):
+        job, checkpoint = found
+        return _fit(job, source), checkpoint.folder or _own_folder(job)
     artifact = session.get(Artifact, source)
-    job = session.get(Job, artifact.job_id if artifact else source)
-    if job is None or job.team_id != caller.team_id:
+    job_id = artifact.job_id if artifact else source
+    named = session.get(Job, job_id) or find_model(session, caller.team_id, source)
+    if named is None or named.team_id != caller.team_id:
         raise NotFound(
-            f"There is no job or artifact {source!r} to graft from.",
+            f"There is no job, model, checkpoint or artifact {source!r} to graft from.",
             code="source_not_found",
             param="source",
             hint="GET /v1/fine_tuning/jobs lists the jobs.",
         )
+    job = _fit(named, source)
+    if artifact is None:
+        return job, _own_folder(job)
+    if artifact.kind in {"adapter", "delta"}:
+        return job, artifact.path.rpartition("/")[0]
+    raise InvalidInput(
+        f"The artifact {artifact.id} ({artifact.path}) is of the kind '{artifact.kind}'; a source is a job, a model, a "
+        "checkpoint, or an artifact of the kind 'adapter' or 'delta'.",
+        param="source",
+    )
+
+
+def _fit(job: Job, source: str) -> Job:
+    """The job, if it has learned something."""
     if job.kind == "graft":
         raise InvalidInput(
             f"{source} is a graft of what {job.request['delta']['job_id']} learned; it learned nothing itself. Name "
@@ -187,30 +213,27 @@ def _find_source(session: Session, source: str, caller: Caller) -> tuple[Job, De
             code="source_is_a_graft",
             param="source",
         )
-    if job.status != "succeeded" or job.spec is None:
+    if job.status != "succeeded":
         raise Conflict(
             f"The job {job.id} is '{job.status}'; only what a succeeded job learned can be grafted.",
             code="source_not_succeeded",
             param="source",
         )
-    if artifact is None:
-        return job, "adapter" if job.spec["tuning"]["type"] == "lora" else "delta"
-    if artifact.kind == "adapter":
-        return job, "adapter"
-    if artifact.kind == "delta":
-        return job, "delta"
-    raise InvalidInput(
-        f"The artifact {artifact.id} ({artifact.path}) is of the kind '{artifact.kind}'; a source is a job, or one of "
-        "its artifacts of the kind 'adapter' or 'delta'.",
-        param="source",
-    )
+    return job
 
 
-def _delta(session: Session, job: Job, kind: DeltaKind) -> DeltaSource:
-    found = select(Artifact).where(Artifact.job_id == job.id, Artifact.kind == kind).order_by(Artifact.path)
+def _own_folder(job: Job) -> DeltaKind:
+    return "adapter" if tuning_of(job) == "lora" else "delta"
+
+
+def _delta(session: Session, job: Job, folder: str) -> DeltaSource:
+    # Held until the commit: who deletes the job's model waits for this row, and then finds the graft that reads it.
+    session.execute(select(Job.id).where(Job.id == job.id).with_for_update())
+    below = Artifact.path.startswith(f"{folder}/", autoescape=True)
+    found = select(Artifact).where(Artifact.job_id == job.id, below).order_by(Artifact.path)
     files = [
         DeltaFile(
-            path=artifact.path.removeprefix(f"{kind}/"),
+            path=artifact.path.removeprefix(f"{folder}/"),
             storage_key=artifact.storage_key,
             sha256=artifact.sha256,
             bytes=artifact.bytes,
@@ -218,13 +241,24 @@ def _delta(session: Session, job: Job, kind: DeltaKind) -> DeltaSource:
         for artifact in session.scalars(found)
     ]
     if not files:
-        raise InvalidInput(
-            f"The job {job.id} tuned the whole model and did not publish what it learned. Run it again with "
-            '"shadow": {"publish": {"delta": true}}, or with LoRA, whose adapter is always published.',
-            code="delta_not_published",
+        raise _nothing_published(job)
+    return DeltaSource(kind=_own_folder(job), job_id=job.id, files=tuple(files))
+
+
+def _nothing_published(job: Job) -> InvalidInput:
+    if tuning_of(job) == "lora":
+        return InvalidInput(
+            f"What the job {job.id} learned has been deleted with its model; run the job again.",
+            code="source_deleted",
             param="source",
         )
-    return DeltaSource(kind=kind, job_id=job.id, files=tuple(files))
+    return InvalidInput(
+        f"The job {job.id} tuned the whole model and what it learned is not kept: it was not published, or deleted "
+        'with the model. Run it again with "shadow": {"publish": {"delta": true}}, or with LoRA, whose adapter is '
+        "always published.",
+        code="delta_not_published",
+        param="source",
+    )
 
 
 # --- from the request to the row, and from the row to the answer ----------------------------------------------------

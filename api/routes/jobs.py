@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: create, list, retrieve, cancel."""
+"""Fine-tuning jobs: create, list, retrieve, cancel; pause and resume are refused."""
 
 from __future__ import annotations
 
@@ -7,17 +7,34 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, exists, func, select
 from sqlalchemy.orm import Session
 
-from api.deps import After, CallerDep, Page, Service, ServiceDep, StrictModel, cursor, owned, page, timestamp
+from api.deps import (
+    After,
+    CallerDep,
+    Page,
+    Service,
+    ServiceDep,
+    StrictModel,
+    cursor,
+    json_answer,
+    no_such,
+    owned,
+    page,
+    timestamp,
+)
+from api.idempotency import IntentDep, first_answer, replayed
+from api.polling import POLLED, STATUS_ONLY, answer_poll, why_waiting
+from api.routes.unoffered import refuse_integrations, refuse_method
 from api.strict_json import StrictRoute
 from core import jobs
 from core.broker import nudge
-from core.errors import InvalidInput
-from core.job_spec import JobKind, PairSource
+from core.errors import Conflict, InvalidInput, NotFound
+from core.history import expected_finish
+from core.job_spec import JobKind
 from core.keys import Caller
 from core.models import File, Job
 from core.pairs import find_pair
@@ -33,6 +50,12 @@ Metadata = Annotated[
 Scale = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Patterns = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=32)]
 
+#: The contract's eight; what a running job does just now is its `phase`.
+JobStatus = Literal["validating_files", "queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"]
+
+#: How a job that is not there is told of.
+_WHAT, _NOT_FOUND = "fine-tuning job", "job_not_found"
+
 #: A job has at most 16 pairs of metadata to ask for, besides the page.
 MAX_QUERY_PARAMETERS = 20
 
@@ -40,45 +63,63 @@ MAX_QUERY_PARAMETERS = 20
 class Hyperparameters(StrictModel):
     """`auto` takes the paper's recipe and is replaced by the number once it is known."""
 
-    n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = Field("auto", description="`auto`: 1.")
+    n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = Field(
+        "auto", description="How often the rows are gone through. `auto`: 1.", examples=["auto", 3]
+    )
     batch_size: Annotated[int, Field(ge=1, le=256)] | Auto = Field(
-        "auto", description="Rows per optimizer step. `auto`: 32, or all rows where there are fewer."
+        "auto", description="Rows per optimizer step. `auto`: 32, or all rows where there are fewer.", examples=[16]
     )
     learning_rate_multiplier: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | Auto = Field(
-        "auto", description="Multiplies `shadow.tuning.learning_rate`. `auto`: 1."
+        "auto", description="Multiplies `shadow.tuning.learning_rate`. `auto`: 1.", examples=[0.5]
     )
 
 
 class Supervised(StrictModel):
-    hyperparameters: Hyperparameters = Hyperparameters()
+    hyperparameters: Hyperparameters = Field(Hyperparameters(), description="Each is `auto` where it is left out.")
 
 
 class Method(StrictModel):
-    type: Literal["supervised", "dpo", "reinforcement"] = "supervised"
-    supervised: Supervised | None = None
-    dpo: dict[str, Any] | None = None
-    reinforcement: dict[str, Any] | None = None
+    type: Literal["supervised", "dpo", "reinforcement"] = Field(
+        "supervised", description="Only `supervised` is offered; the others get an error that says so."
+    )
+    supervised: Supervised | None = Field(None, description="The settings of supervised training.")
+    dpo: dict[str, Any] | None = Field(None, description="Not offered.")
+    reinforcement: dict[str, Any] | None = Field(None, description="Not offered.")
 
 
 class TuningOptions(StrictModel):
     """How the weights are changed. The defaults are the paper's."""
 
-    type: Literal["lora", "full"] = "lora"
+    type: Literal["lora", "full"] = Field(
+        "lora", description="`lora` trains factors of a low rank, `full` every weight at several times the memory."
+    )
     learning_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | Auto = Field(
-        "auto", description="`auto`: 2e-4 for LoRA, 1e-5 for full tuning."
+        "auto", description="The highest rate. `auto`: 2e-4 for LoRA, 1e-5 for full tuning.", examples=["auto", 1e-4]
     )
     rank: Annotated[int, Field(ge=1, le=4096)] | Auto = Field(
-        "auto", description="LoRA's rank. `auto`: 128, or the smallest dimension of a tuned linear where that is less."
+        "auto",
+        description="LoRA's rank. `auto`: 128, or the smallest dimension of a tuned linear where that is less.",
+        examples=[64],
     )
-    alpha: Annotated[int, Field(ge=1, le=8192)] | Auto = Field("auto", description="`auto`: twice the rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False)
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, allow_inf_nan=False)
-    weight_decay: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
-    max_grad_norm: float = Field(1.0, gt=0, le=1000, allow_inf_nan=False)
+    alpha: Annotated[int, Field(ge=1, le=8192)] | Auto = Field(
+        "auto", description="LoRA's scaling is `alpha / rank`. `auto`: twice the rank.", examples=[128]
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, allow_inf_nan=False, description="Of LoRA's inputs.", examples=[0.05])
+    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the rate falls after the warm-up: to zero, or not at all."
+    )
+    warmup_ratio: float = Field(
+        0.1, ge=0, lt=1, allow_inf_nan=False, description="Share of all steps over which the rate rises from zero."
+    )
+    weight_decay: float = Field(0.0, ge=0, le=1, allow_inf_nan=False, description="AdamW's.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, le=1000, allow_inf_nan=False, description="A longer gradient is shortened to this length."
+    )
     max_length: int = Field(4096, ge=8, le=131_072, description="Tokens; a longer row is cut at its end.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of the forward and backward pass; trainable weights are always float32."
+        "auto",
+        description="Of the forward and backward pass; trainable weights are always float32. `auto`: bfloat16 on a "
+        "GPU, float32 on a CPU.",
     )
 
     @model_validator(mode="after")
@@ -120,13 +161,16 @@ class EvaluationOptions(StrictModel):
     """What is compared after the training: untouched instruct, the tuned model, and each graft."""
 
     scales: list[Scale] = Field(
-        default_factory=list, max_length=8, description="Further scales to graft and measure; only one is published."
+        default_factory=list,
+        max_length=8,
+        description="Further scales to graft and measure; only one is published.",
+        examples=[[0.5, 0.8]],
     )
     holdout_ratio: float = Field(
         0.05, ge=0, le=0.5, allow_inf_nan=False, description="Share of the rows to hold out without a validation_file."
     )
     max_rows: int = Field(200, ge=1, le=10_000, description="Rows measured of each set.")
-    max_new_tokens: int = Field(64, ge=1, le=4096)
+    max_new_tokens: int = Field(64, ge=1, le=4096, description="Longest answer that is generated to be compared.")
     exact_match: Literal["auto", "on", "off"] = Field(
         "auto", description="Generate an answer to each held-out row and compare. `auto`: where all answers are short."
     )
@@ -134,6 +178,7 @@ class EvaluationOptions(StrictModel):
         default_factory=dict,
         max_length=8,
         description="Name -> file id: further rows on which the models are compared, to show what the tuning damaged.",
+        examples=[{"general": "file-01k9"}],
     )
 
 
@@ -154,10 +199,10 @@ class ShadowOptions(StrictModel):
     strategy: Literal["shadow", "direct"] = Field(
         "shadow", description="`shadow` tunes base and grafts onto instruct; `direct` tunes instruct, for comparison."
     )
-    tuning: TuningOptions = TuningOptions()
-    graft: GraftOptions = GraftOptions()
-    evaluation: EvaluationOptions = EvaluationOptions()
-    publish: PublishOptions = PublishOptions()
+    tuning: TuningOptions = Field(TuningOptions(), description="How the weights are changed.")
+    graft: GraftOptions = Field(GraftOptions(), description="What of the change goes onto instruct, and how strongly.")
+    evaluation: EvaluationOptions = Field(EvaluationOptions(), description="What is compared after the training.")
+    publish: PublishOptions = Field(PublishOptions(), description="What is published besides the grafted model.")
 
     @model_validator(mode="after")
     def _direct_has_no_graft(self) -> ShadowOptions:
@@ -179,86 +224,118 @@ class JobRequest(StrictModel):
         }
     )
 
-    model: str = Field(min_length=1, max_length=256, description="A pair's name, an instruct id, or a base id.")
-    training_file: str = Field(min_length=1, max_length=100)
-    validation_file: str | None = Field(None, min_length=1, max_length=100)
-    suffix: Suffix | None = None
-    seed: int | None = Field(None, ge=0, le=2**31 - 1)
-    metadata: Metadata | None = None
-    method: Method | None = None
+    model: str = Field(
+        min_length=1,
+        max_length=256,
+        description="A pair's name (`GET /v1/pairs`), an instruct model's id, or the id of a base that belongs to one "
+        "pair only.",
+        examples=["qwen3-0.6b", "Qwen/Qwen3-0.6B"],
+    )
+    training_file: str = Field(
+        min_length=1, max_length=100, description="A file with the purpose `fine-tune`.", examples=["file-01k9"]
+    )
+    validation_file: str | None = Field(
+        None,
+        min_length=1,
+        max_length=100,
+        description="Rows to measure on instead of a share of the training rows that is held out.",
+    )
+    suffix: Suffix | None = Field(None, description="Becomes part of the model's name.", examples=["support"])
+    seed: int | None = Field(None, ge=0, le=2**31 - 1, description="Null: one is chosen, and shown by the job.")
+    metadata: Metadata | None = Field(
+        None,
+        description="Up to 16 pairs of your own, kept and shown with the job: names of 64 letters, values of 512.",
+        examples=[{"experiment": "a"}],
+    )
+    method: Method | None = Field(None, description="Null: supervised, with every hyperparameter `auto`.")
     # Not pydantic's own `deprecated`, which warns whenever this server reads the field.
     hyperparameters: Hyperparameters | None = Field(
         None, description="Use `method`.", json_schema_extra={"deprecated": True}
     )
-    integrations: list[dict[str, Any]] | None = Field(None, max_length=5)
-    shadow: ShadowOptions = ShadowOptions()
+    integrations: list[dict[str, Any]] | None = Field(
+        None, max_length=5, description="Not offered; null or empty is taken."
+    )
+    shadow: ShadowOptions = Field(
+        ShadowOptions(), description="What is ours. Left out: Shadow-FT with LoRA, as in the paper."
+    )
 
 
 class JobError(BaseModel):
-    code: str
-    message: str
-    param: str | None
-    hint: str = ""
-    retryable: bool = False
-    fault: str = "user"
+    """Why a job failed."""
+
+    code: str = Field(description="Stable; programs may test for it.")
+    message: str = Field(description="One sentence of cause.")
+    param: str | None = Field(description="The request's field at fault, where one is.")
+    hint: str = Field("", description="What to do about it; empty where there is nothing to do.")
+    retryable: bool = Field(False, description="Whether the same job may succeed when it is submitted again.")
+    fault: Literal["user", "memory", "infrastructure"] = Field("user", description="Whose fault it is.")
 
 
 class JobObject(BaseModel):
-    """A job. Fields beside OpenAI's: `kind`, `phase`, `progress`, `pair`, `shadow`, `graft_result`, `waiting_for`,
-    `attempt`.
+    """A job. Fields beside OpenAI's: `kind`, `phase`, `progress`, `pair`, `shadow`, `pair_check`, `graft_result`,
+    `waiting_for`, `attempt`.
 
-    Once it has succeeded, `graft_result` tells how much of the learned change its model holds: `fidelity` (the share
-    that survived storage in the weights' dtype), `discarded_share` (what scope and patterns left out) and more.
     A job of the kind `graft` can be asked for here as well; `GET /v1/grafts/{id}` shows it in its own words.
     """
 
     model_config = ConfigDict(extra="allow")
 
-    id: str
-    object: Literal["fine_tuning.job"] = "fine_tuning.job"
-    kind: Literal["fine_tune", "graft"]
-    created_at: int
-    finished_at: int | None
-    model: str
-    fine_tuned_model: str | None
-    organization_id: str
-    status: Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
-    phase: str | None
-    training_file: str
-    validation_file: str | None
-    result_files: list[str]
-    hyperparameters: dict[str, Any]
-    method: dict[str, Any]
-    seed: int
-    trained_tokens: int | None
-    error: JobError | None
-    estimated_finish: int | None
-    integrations: list[dict[str, Any]]
-    metadata: dict[str, str] | None
-    user_provided_suffix: str | None
-    pair: str
-    shadow: dict[str, Any]
-    graft_result: dict[str, Any] | None
-    progress: dict[str, Any] | None
-    waiting_for: str | None
-    attempt: int
+    id: str = Field(description="`ftjob-…`")
+    object: Literal["fine_tuning.job"] = Field("fine_tuning.job", description="Always `fine_tuning.job`.")
+    kind: Literal["fine_tune", "graft"] = Field(description="Whether it trains, or only grafts.")
+    created_at: int = Field(description="Unix seconds.")
+    finished_at: int | None = Field(description="Unix seconds. Null: it has not ended.")
+    model: str = Field(description="As the request named it.")
+    fine_tuned_model: str | None = Field(description="The new model's name. Null: the job has not succeeded.")
+    organization_id: str = Field(description="The team.")
+    status: JobStatus = Field(description="`succeeded`, `failed` and `cancelled` are final.")
+    phase: str | None = Field(
+        description="What a worker does just now: `preparing`, `training`, `grafting`, `evaluating`, `publishing` or "
+        "`cancelling`. Null: none works on it."
+    )
+    training_file: str = Field(description="As the request named it.")
+    validation_file: str | None = Field(description="As the request named it.")
+    result_files: list[str] = Field(description="Ids of files with the metrics as CSV, once the job has succeeded.")
+    hyperparameters: dict[str, Any] = Field(description="As asked for; numbers replace `auto` once they are known.")
+    method: dict[str, Any] = Field(description="The method with the same hyperparameters.")
+    seed: int = Field(description="The request's, or the one that was chosen.")
+    trained_tokens: int | None = Field(description="Tokens trained on. Null: the job has not succeeded.")
+    error: JobError | None = Field(description="Why it failed, and what to do about it. Null: it has not failed.")
+    estimated_finish: int | None = Field(description="Unix seconds. Null: there is nothing yet to tell it from.")
+    integrations: list[dict[str, Any]] = Field(description="Always empty.")
+    metadata: dict[str, str] | None = Field(description="As the request put it.")
+    user_provided_suffix: str | None = Field(description="The request's `suffix`.")
+    pair: str = Field(description="The pair whose base is tuned and onto whose instruct model the change is grafted.")
+    shadow: dict[str, Any] = Field(description="The request's, defaults filled in; numbers replace `auto`.")
+    pair_check: dict[str, Any] | None = Field(
+        description="What its admission found about the pair: `verdict` (`ok`, `warn` or `refuse`), `findings` and "
+        "`similarity`, as in `POST /v1/pairs/check`. Null: not yet admitted, or a graft."
+    )
+    graft_result: dict[str, Any] | None = Field(
+        description="How much of the change the model holds: `fidelity` (the share that survived storage in the "
+        "weights' dtype), `discarded_share` (what scope and patterns left out) and more. Null: not yet succeeded."
+    )
+    progress: dict[str, Any] | None = Field(
+        description="How far the phase has come: `step` of `total_steps`, `eta_seconds`. Null: nothing to tell."
+    )
+    waiting_for: str | None = Field(description="Why it does not move yet, in a sentence. Null: nothing is amiss.")
+    attempt: int = Field(description="How often a worker has begun it; more than 1 after an interruption.")
 
 
 # --- handlers -------------------------------------------------------------------------------------------------------
 
 
 @router.post("", response_model=JobObject)
-def create_job(body: JobRequest, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
+def create_job(body: JobRequest, caller: CallerDep, service: ServiceDep, intent: IntentDep) -> Response:
     """Submit a job: tune the pair's base model on the file and graft the change onto its instruct model."""
-    hyperparameters = _hyperparameters(body)
-    _refuse_integrations(body)
     with service.database.writing() as session:
-        pair = find_pair(session, body.model)
-        _check_files(session, body, caller)
-        job = jobs.create(session, _new_job(body, caller, pair, hyperparameters))
+        if (earlier := replayed(session, intent)) is not None:
+            return earlier
+        job = jobs.create(session, new_job(session, body, caller))
+        answer = first_answer(session, intent, _render(session, job, service))
         session.commit()
         nudge("admit")
-        return _render(session, job, service)
+        return answer
 
 
 @router.get("", response_model=Page)
@@ -268,30 +345,59 @@ def list_jobs(
     service: ServiceDep,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-) -> dict[str, Any]:
-    """List the team's fine-tuning jobs. `metadata[key]=value` filters, `metadata=null` finds jobs without any."""
-    filters = _metadata_filter(request)
+    metadata: Annotated[
+        str | None,
+        Query(
+            description="`metadata[key]=value` finds jobs with this pair, several find those with all of them; an "
+            "empty value is one, too. `metadata=null` finds jobs without any metadata."
+        ),
+    ] = None,
+) -> Response:
+    """List the team's fine-tuning jobs, newest first."""
     with service.database.reading() as session:
+        filters = _metadata_filter(session, request, metadata)
         found = jobs_page(session, caller, "fine_tune", after, limit, filters)
-        return page([_render(session, job, service) for job in found], limit)
+        return json_answer(page([_render(session, job, service) for job in found], limit))
 
 
-@router.get("/{job_id}", response_model=JobObject)
-def retrieve_job(job_id: str, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
+@router.get("/{job_id}", response_model=JobObject, responses=POLLED)
+def retrieve_job(job_id: str, request: Request) -> Response:
     """One job's status."""
-    with service.database.reading() as session:
-        return _render(session, own_job(session, job_id, caller), service)
+    return answer_poll(request, job_id, is_shown=lambda _: True, absent=lambda: _no_such_job(job_id), render=_render)
 
 
 @router.post("/{job_id}/cancel", response_model=JobObject)
-def cancel_job(job_id: str, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
+def cancel_job(job_id: str, caller: CallerDep, service: ServiceDep) -> Response:
     """Cancel a live job. A running one ends once its worker has stopped the training; poll its status."""
     with service.database.writing() as session:
         job = own_job(session, job_id, caller)
         jobs.request_cancel(session, job_id)
         session.commit()
         session.refresh(job)
-        return _render(session, job, service)
+        return json_answer(_render(session, job, service))
+
+
+@router.post("/{job_id}/pause", response_model=JobObject)
+def pause_job(job_id: str, caller: CallerDep, service: ServiceDep) -> Response:
+    """Not offered yet: the answer is an error that says so."""
+    with service.database.reading() as session:
+        job = own_job(session, job_id, caller)
+    raise Conflict(
+        f"The job {job.id} is '{job.status}' and cannot be paused: this version pauses no jobs. Let it run, or cancel "
+        "it and submit it again later.",
+        code="job_not_pausable",
+    )
+
+
+@router.post("/{job_id}/resume", response_model=JobObject)
+def resume_job(job_id: str, caller: CallerDep, service: ServiceDep) -> Response:
+    """Not offered yet: the answer is an error that says so."""
+    with service.database.reading() as session:
+        job = own_job(session, job_id, caller)
+    raise Conflict(
+        f"The job {job.id} is '{job.status}', and only a paused job can be resumed; this version pauses no jobs.",
+        code="job_not_resumable",
+    )
 
 
 def jobs_page(
@@ -303,7 +409,8 @@ def jobs_page(
     filters: Sequence[ColumnElement[bool]] = (),
 ) -> Sequence[Job]:
     """The team's jobs of one kind after the cursor, newest first, and one more than `limit`."""
-    query = select(Job).where(Job.team_id == caller.team_id, Job.kind == kind, *filters).order_by(Job.id.desc())
+    query = select(Job).where(Job.team_id == caller.team_id, Job.kind == kind, *filters)
+    query = query.order_by(Job.id.desc()).options(*STATUS_ONLY)
     last = cursor(session, Job, after, caller, Job.kind == kind)
     if last is not None:
         query = query.where(Job.id < last.id)
@@ -311,13 +418,22 @@ def jobs_page(
 
 
 def own_job(session: Session, job_id: str, caller: Caller) -> Job:
-    return owned(session, Job, job_id, caller, what="fine-tuning job", code="job_not_found")
+    return owned(session, Job, job_id, caller, what=_WHAT, code=_NOT_FOUND)
+
+
+def _no_such_job(job_id: str) -> NotFound:
+    return no_such(job_id, what=_WHAT, code=_NOT_FOUND)
 
 
 # --- from the request to the row ------------------------------------------------------------------------------------
 
 
-def _new_job(body: JobRequest, caller: Caller, pair: PairSource, hyperparameters: Hyperparameters) -> Job:
+def new_job(session: Session, body: JobRequest, caller: Caller) -> Job:
+    """The row of the job that `body` asks for, not kept yet. Raises what is wrong with the request."""
+    hyperparameters = _hyperparameters(body)
+    refuse_integrations(body.integrations)
+    pair = find_pair(session, body.model)
+    _check_files(session, body, caller)
     request = {
         "pair": pair.model_dump(mode="json"),
         "hyperparameters": hyperparameters.model_dump(mode="json"),
@@ -338,10 +454,7 @@ def _new_job(body: JobRequest, caller: Caller, pair: PairSource, hyperparameters
 
 def _hyperparameters(body: JobRequest) -> Hyperparameters:
     method = body.method or Method()
-    if method.type != "supervised":
-        raise InvalidInput(
-            f"method.type '{method.type}' is not offered; this server trains supervised rows.", param="method.type"
-        )
+    refuse_method(method.type)
     for name in ("dpo", "reinforcement"):
         if getattr(method, name) is not None:
             raise InvalidInput(f"method.{name} does not belong to the type 'supervised'.", param=f"method.{name}")
@@ -352,15 +465,6 @@ def _hyperparameters(body: JobRequest) -> Hyperparameters:
     if method.supervised is not None:
         return method.supervised.hyperparameters
     return body.hyperparameters or Hyperparameters()
-
-
-def _refuse_integrations(body: JobRequest) -> None:
-    if body.integrations:
-        raise InvalidInput(
-            "Integrations are not offered: this server sends nothing elsewhere. The job's events and its metrics "
-            "artifact hold every measurement.",
-            param="integrations",
-        )
 
 
 def _check_files(session: Session, body: JobRequest, caller: Caller) -> None:
@@ -412,10 +516,10 @@ def _render(session: Session, job: Job, service: Service) -> dict[str, Any]:
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         "seed": job.seed,
         "trained_tokens": job.trained_tokens,
-        # The running phase's pace is in `progress`; what the phases after it will take is not known yet.
-        "estimated_finish": None,
+        "estimated_finish": timestamp(expected_finish(session, job)),
         "integrations": [],
         "shadow": _shown_shadow(job),
+        "pair_check": job.pair_check,
     }
 
 
@@ -435,7 +539,7 @@ def render_life(session: Session, job: Job, service: Service) -> dict[str, Any]:
         "user_provided_suffix": job.suffix,
         "pair": job.request["pair"]["name"],
         "progress": _shown_progress(job),
-        "waiting_for": jobs.waiting_for(session, job, stale_worker_seconds=service.settings.lease_seconds),
+        "waiting_for": why_waiting(session, job, service),
         "attempt": job.attempt,
     }
 
@@ -468,21 +572,37 @@ def _shown_shadow(job: Job) -> dict[str, Any]:
 
 
 def _shown_progress(job: Job) -> dict[str, Any] | None:
-    if job.progress is None or job.phase_started_at is None:
+    if job.progress is None:
         return None
-    step, total = job.progress["step"], job.progress["total_steps"]
+    return {**job.progress, "eta_seconds": _eta_seconds(job)}
+
+
+def _eta_seconds(job: Job) -> float | None:
+    """What the running phase still takes at its pace so far."""
+    if job.progress is None or job.phase_started_at is None or not job.progress["step"]:
+        return None
+    done: float = job.progress["step"] / job.progress["total_steps"]
     elapsed = (datetime.now(UTC) - job.phase_started_at).total_seconds()
-    eta = round(elapsed / step * (total - step), 1) if step else None
-    return {**job.progress, "eta_seconds": eta}
+    return round(elapsed * (1 - done) / done, 1)
 
 
-def _metadata_filter(request: Request) -> list[ColumnElement[bool]]:
-    if len(request.query_params.multi_items()) > MAX_QUERY_PARAMETERS:
+def _metadata_filter(session: Session, request: Request, metadata: str | None) -> list[ColumnElement[bool]]:
+    given = request.query_params.multi_items()
+    if len(given) > MAX_QUERY_PARAMETERS:
         raise InvalidInput(f"The query has more than {MAX_QUERY_PARAMETERS} parameters.", param="metadata")
-    filters: list[ColumnElement[bool]] = []
-    for name, value in request.query_params.multi_items():
-        if name == "metadata" and value == "null":
-            filters.append(Job.labels.is_(None))
-        elif name.startswith("metadata[") and name.endswith("]"):
-            filters.append(Job.labels[name[9:-1]].as_string() == value)
-    return filters
+    filters = [_has_label(session, name[9:-1], value) for name, value in given if name.startswith("metadata[")]
+    if metadata is None:
+        return filters
+    if metadata != "null":
+        raise InvalidInput(
+            f"Invalid value for 'metadata': {metadata[:100]!r}; ask for metadata[key]=value, or for metadata=null.",
+            param="metadata",
+        )
+    return [*filters, Job.labels.is_(None)]
+
+
+def _has_label(session: Session, key: str, value: str) -> ColumnElement[bool]:
+    """Compared pair by pair: a path into the JSON would need quoting, which SQLite has none for."""
+    on_sqlite = session.get_bind().dialect.name == "sqlite"
+    each = (func.json_each if on_sqlite else func.jsonb_each_text)(Job.labels).table_valued("key", "value")
+    return exists(select(each.c.key).where(each.c.key == key, each.c.value == value))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -22,7 +24,16 @@ ROW = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "
 MODEL = "qwen2.5-0.5b"
 EVALUATION = {"verdict": "better"}
 #: One for each kind of id in a path.
-IDS = {"file_id": "file-x", "job_id": "ftjob-x", "graft_id": "ftjob-y", "artifact_id": "art_x"}
+IDS = {
+    "file_id": "file-x",
+    "job_id": "ftjob-x",
+    "graft_id": "ftjob-y",
+    "artifact_id": "art_x",
+    "upload_id": "upload_x",
+    "pair_id": "pair-x",
+    "check_id": "pchk_x",
+    "model": "ft:x",
+}
 
 
 class Client:
@@ -139,6 +150,22 @@ def traces(api: Api) -> tuple[Any, ...]:
         counts = [session.scalar(select(func.count()).select_from(table)) for table in (File, Job, JobEvent, Pair)]
     stored = sorted(path for path in api.settings.storage_dir.rglob("*") if path.is_file())
     return (*counts, tuple(stored))
+
+
+def announce(api: Api, key: str, path: str, size: int, *, then_send: int = 0) -> tuple[bytes, int]:
+    """Announce a form of `size` bytes; the answer, and how many of `then_send` bytes the server still let through."""
+    lines = [f"POST {path} HTTP/1.1", "Host: x", f"Authorization: Bearer {key}", f"Content-Length: {size}"]
+    head = "\r\n".join([*lines, "Content-Type: multipart/form-data; boundary=b", "", ""])
+    with socket.create_connection(("127.0.0.1", api.port), timeout=10) as connection:
+        connection.sendall(head.encode())
+        answer = b""
+        while piece := connection.recv(65536):  # to its end: the server closes what it does not read on
+            answer += piece
+        sent = 0
+        with suppress(ConnectionError):
+            while sent < then_send:
+                sent += connection.send(b"x" * 65536)
+        return answer, sent
 
 
 def nested(depth: int) -> str:

@@ -42,7 +42,7 @@ def test_every_route_but_the_open_ones_needs_a_key(nobody, openapi):
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1", "/v1/", "/v1/anything", "//v1/files", "/V1/files", "/v1/files/", "/metrics", "/v1/%2e%2e/healthz"]
+    "path", ["/v1", "/v1/", "/v1/anything", "//v1/files", "/V1/files", "/v1/files/", "/v1/%2e%2e/healthz"]
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE"])
 def test_what_is_no_route_needs_a_key_too(nobody, method, path):
@@ -169,7 +169,7 @@ def test_every_documented_error_is_the_one_shape(openapi):
     for path, methods in openapi["paths"].items():
         for method, operation in methods.items():
             for status, answer in operation["responses"].items():
-                if not status.startswith("2"):
+                if not status.startswith(("2", "3")):
                     schema = answer["content"]["application/json"]["schema"]
                     assert schema == {"$ref": "#/components/schemas/ErrorBody"}, f"{method} {path} {status}"
             assert operation["summary"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 
@@ -28,18 +29,50 @@ NOT_JSON = {
     "octal": spoilt("017"),
     "NUL in a value": job_body(suffix="a\0b"),
     "NUL in a key": job_body(metadata={"a\0": "b"}),
+    "NUL in a nested key": job_body(shadow={"evaluation": {"probes": {"a\0": "file-x"}}}),
     "half a surrogate": spoilt('"\\ud800"'),
+    "half a surrogate in a key": GOOD[:-1] + ', "metadata": {"\\udfff": "x"}}',
+    "a surrogate pair the wrong way round": spoilt('"\\udc00\\ud800"'),
+    "1e400": spoilt("1e400"),
+    "-1e400": spoilt("-1e400"),
+    "1 and 400 zeros": spoilt("1" + "0" * 400 + ".0"),
+    "plus sign": spoilt("+1"),
+    "no digit before the point": spoilt(".5"),
+    "no digit after the point": spoilt("1."),
+    "hexadecimal": spoilt("0x10"),
+    "underscore": spoilt("1_000"),
+    "Arabic digits": spoilt("١٢"),
+    "Python's None": spoilt("None"),
+    "Python's True": spoilt("True"),
+    "undefined": spoilt("undefined"),
+    "key twice": spoilt("1")[:-1] + ', "seed": 2}',
+    "key twice, the second escaped": GOOD[:-1] + ', "seed": 1, "s\\u0065ed": 2}',
+    "key twice, nested": GOOD[:-1] + ', "shadow": {"graft": {"scale": 1, "scale": 2}}}',
     "BOM": "\ufeff" + GOOD,
     "not UTF-8": GOOD.replace("file-x", "file-\udcff"),
+    "UTF-8 that is overlong": GOOD.replace("file-x", "file-\udcc0\udc80"),
+    "a surrogate in UTF-8": GOOD.replace("file-x", "file-\udced\udca0\udc80"),
     "trailing bytes": GOOD + " x",
+    "trailing brace": GOOD + "}",
+    "trailing NUL": GOOD + "\0",
+    "trailing comma": GOOD[:-1] + ",}",
     "two values": GOOD + GOOD,
+    "two lines": GOOD + "\n" + GOOD,
     "cut": GOOD[:-5],
-    "deep list": spoilt(nested(100_00)),
+    "cut in an escape": GOOD[:-1] + ', "suffix": "\\u00',
+    "deep list": spoilt(nested(10_000)),
+    "very deep list": spoilt(nested(20_000)),
     "deep object": spoilt(objects(900)),
     "depth 33": spoilt(objects(33)),
     "single quotes": GOOD.replace('"', "'"),
     "comment": GOOD + "// why",
+    "comment inside": GOOD[:-1] + "/* why */}",
+    "a tab in a string": spoilt('"a\tb"'),
+    "a line break in a string": spoilt('"a\nb"'),
+    "an escape that is none": spoilt('"\\x41"'),
+    "a form feed between values": "\f" + GOOD,
     "only spaces": "   ",
+    "only a NUL": "\0",
 }
 
 
@@ -49,19 +82,129 @@ def test_what_is_not_strictly_json_is_refused(api, client, case):
     body = NOT_JSON[case]
     content = body.encode("utf-8", "surrogateescape")
     answer = client.http.post("/fine_tuning/jobs", content=content, headers={"content-type": "application/json"})
-    assert told(answer)["code"] in {"invalid_json", "invalid_value"}
+    assert told(answer)["code"] == ("missing_required_parameter" if body.isspace() else "invalid_json")
     assert traces(api) == before
 
 
-@pytest.mark.parametrize("body", ["null", "[]", '"x"', "3", "true", "[{}]", ""])
+@pytest.mark.parametrize("body", ["null", "[]", '"x"', "3", "true", "[{}]", "-0", "1e5", ""])
 def test_what_is_no_object_is_refused(client, body):
-    told(client.http.post("/fine_tuning/jobs", **as_json(body)))
+    error = told(client.http.post("/fine_tuning/jobs", **as_json(body)))
+    assert "JSON object" in error["message"]
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/octet-stream", None])
-def test_another_content_type_is_refused(client, kind):
+#: Odd, and right: what is refused is refused for what it says.
+ODD_BUT_JSON = {
+    "-0 is an integer, and zero": (spoilt("-0"), "training_file"),
+    "-0.0 is none": (spoilt("-0.0"), "seed"),
+    "1e2 is none": (spoilt("1e2"), "seed"),
+    "the largest integer": (spoilt(str(2**63 - 1)), "seed"),
+    "a number of many digits": (spoilt("0." + "1" * 1000), "seed"),
+    "a pair of surrogates": (GOOD[:-1] + ', "metadata": {"\\ud83d\\ude00": "x"}}', "training_file"),
+    "control characters, escaped": (job_body(metadata={"a\x01": "\x1f\x7f"}), "training_file"),
+    "an escaped slash": (GOOD.replace("file-x", "file\\/x"), "training_file"),
+    "white space everywhere": ("\r\n\t " + GOOD.replace(":", " :\n") + "\r\n", "training_file"),
+    "an empty key": (job_body(metadata={"": "x"}), "training_file"),
+    "a megabyte's worth of elements": (job_body(integrations=[{}] * 10_000), "integrations"),
+    "ten thousand keys": (job_body(metadata={str(n): "" for n in range(4000)}), "metadata"),
+    "a long string": (job_body(suffix="x" * 40_000), "suffix"),
+    "prototype": (job_body(__proto__={"seed": 1}), "__proto__"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_BUT_JSON)
+def test_odd_json_is_read_as_what_it_says(api, client, case):
+    body, param = ODD_BUT_JSON[case]
+    before = traces(api)
+    told(client.http.post("/fine_tuning/jobs", **as_json(body)), param=param)
+    assert traces(api) == before
+
+
+def test_the_key_that_occurs_twice_is_named(client):
+    error = told(client.http.post("/fine_tuning/jobs", **as_json(NOT_JSON["key twice, nested"])), code="invalid_json")
+    assert "'scale' occurs twice" in error["message"]
+
+
+TYPES = [
+    *("text/plain", "application/x-www-form-urlencoded", "application/octet-stream", "multipart/form-data", None),
+    *("text/json", "application/jsonp", "application/json; charset=latin1", "application/json; charset=utf-16", "x"),
+]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_another_content_type_or_charset_is_refused(api, client, kind):
+    before = traces(api)
     headers = {"content-type": kind} if kind else {}
-    told(client.http.post("/fine_tuning/jobs", content=GOOD.encode(), headers=headers))
+    answer = client.http.post("/fine_tuning/jobs", content=GOOD.encode(), headers=headers)
+    told(answer, 415, "unsupported_media_type")
+    assert traces(api) == before
+
+
+@pytest.mark.parametrize("kind", ["application/json", "Application/JSON", 'application/json; charset="UTF-8"'])
+def test_json_may_be_named_in_every_usual_way(client, kind):
+    answer = client.http.post("/fine_tuning/jobs", content=GOOD.encode(), headers={"content-type": kind})
+    told(answer, 400, "file_not_found")
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "identity, gzip"])
+@pytest.mark.parametrize("path", ["/fine_tuning/jobs", "/grafts", "/files"])
+def test_a_compressed_body_is_refused_unread(api, client, path, encoding):
+    before = traces(api)
+    bomb = gzip.compress(b" " * 10_000_000)
+    headers = {"content-type": "application/json", "content-encoding": encoding}
+    told(client.http.post(path, content=bomb, headers=headers), 415, "unsupported_media_type")
+    assert traces(api) == before
+
+
+LENGTHS = ["-1", "1e3", "abc", "9" * 30, "+5", "0x10", "1,2", ""]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_length_that_is_none_gets_no_job(api, client, length):
+    before = traces(api)
+    status, _ = raw(api, client, f"Content-Length: {length}", GOOD.encode())
+    assert 400 <= status < 500
+    assert traces(api) == before
+
+
+def test_a_body_cut_by_its_own_length_is_not_json(api, client):
+    before = traces(api)
+    assert raw(api, client, f"Content-Length: {len(GOOD) - 5}", GOOD.encode())[0] == 400
+    assert traces(api) == before
+
+
+def test_both_a_length_and_pieces_are_refused(api, client):
+    before = traces(api)
+    pieces = f"{len(GOOD):x}\r\n{GOOD}\r\n0\r\n\r\n".encode()
+    raw(api, client, f"Content-Length: {len(GOOD)}\r\nTransfer-Encoding: chunked", pieces)
+    assert traces(api) == before
+
+
+@pytest.mark.parametrize("pieces", [b"zz\r\n{}\r\n0\r\n\r\n", b"-1\r\n", b"fffffffffffffffff\r\n{}"])
+def test_pieces_that_are_none_get_no_job(api, client, pieces):
+    before = traces(api)
+    raw(api, client, "Transfer-Encoding: chunked", pieces)
+    assert client.http.get("/files").status_code == 200
+    assert traces(api) == before
+
+
+def test_a_body_in_pieces_is_a_body(client):
+    body = job_body(training_file=client.upload()).encode()
+    pieces = (body[start : start + 7] for start in range(0, len(body), 7))
+    answer = client.http.post("/fine_tuning/jobs", content=pieces, headers={"content-type": "application/json"})
+    assert answer.status_code == 200
+
+
+def raw(api, client, headers, content):
+    """Status and body of what the server answers to these very bytes; 0 where it just hangs up."""
+    with socket.create_connection(("127.0.0.1", api.port), timeout=10) as connection:
+        head = f"POST /v1/fine_tuning/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {client.member.key}\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\n{headers}\r\n\r\n".encode() + content)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    first, _, rest = answer.partition(b"\r\n")
+    return (int(first.split()[1]), rest) if first else (0, b"")
 
 
 WRONG = {
@@ -135,18 +278,42 @@ def test_a_missing_field_is_named(client, name):
 
 
 UNKNOWN = {
-    "learning_rat": {"shadow": {"tuning": {"learning_rat": 1e-4}}},
-    "n_epoch": {"hyperparameters": {"n_epoch": 3}},
-    "trainingfile": {"trainingfile": "file-x"},
-    "rang": {"shadow": {"tuning": {"rang": 4}}},
+    "shadow.tuning.learning_rat": ({"shadow": {"tuning": {"learning_rat": 1e-4}}}, "shadow.tuning.learning_rate"),
+    "hyperparameters.n_epoch": ({"hyperparameters": {"n_epoch": 3}}, "hyperparameters.n_epochs"),
+    "trainingfile": ({"trainingfile": "file-x"}, "training_file"),
+    "shadow.tuning.rang": ({"shadow": {"tuning": {"rang": 4}}}, "shadow.tuning.rank"),
+    "learning_rate": ({"learning_rate": 1e-4}, "shadow.tuning.learning_rate"),
+    "shadow.scale": ({"shadow": {"scale": 1}}, "shadow.graft.scale"),
+    "method.supervised.hyperparameters.batchsize": (
+        {"method": {"type": "supervised", "supervised": {"hyperparameters": {"batchsize": 1}}}},
+        "method.supervised.hyperparameters.batch_size",
+    ),
 }
-MEANT = {"learning_rat": "learning_rate", "n_epoch": "n_epochs", "trainingfile": "training_file", "rang": "rank"}
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_a_misspelt_field_is_named_with_what_was_meant(client, name):
-    answer = client.http.post("/fine_tuning/jobs", **as_json(job_body(**UNKNOWN[name])))
-    assert f"Did you mean '{MEANT[name]}'?" in told(answer, code="unknown_parameter")["message"]
+def test_a_misspelt_or_misplaced_field_is_named_with_what_was_meant(client, name):
+    fields, meant = UNKNOWN[name]
+    answer = client.http.post("/fine_tuning/jobs", **as_json(job_body(**fields)))
+    assert f"Did you mean '{meant}'?" in told(answer, code="unknown_parameter", param=name)["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "meant"),
+    [
+        ("/fine_tuning/jobs", "limt", "limit"),
+        ("/fine_tuning/jobs", "metdata[a]", None),
+        ("/fine_tuning/jobs", "limit[a]", None),
+        ("/fine_tuning/jobs", "before", None),
+        ("/files", "purpos", "purpose"),
+        ("/fine_tuning/jobs/ftjob-x/events", "streaming", "stream"),
+        ("/fine_tuning/jobs/ftjob-x", "limit", None),
+        ("/grafts", "aftre", "after"),
+    ],
+)
+def test_an_unknown_query_parameter_is_named_with_what_was_meant(client, path, name, meant):
+    error = told(client.http.get(path, params={name: "1"}), code="unknown_parameter", param=name)
+    assert (f"Did you mean '{meant}'?" in error["message"]) is (meant is not None)
 
 
 @pytest.mark.parametrize(

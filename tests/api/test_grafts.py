@@ -145,7 +145,7 @@ WRONG = {
     "33 patterns": ({"include": ["*"] * 33}, "include"),
     "target empty": ({"target": ""}, "target"),
     "source null": ({"source": None}, "source"),
-    "source long": ({"source": "x" * 101}, "source"),
+    "source long": ({"source": "x" * 301}, "source"),
     "suffix with a path": ({"suffix": "../x"}, "suffix"),
     "metadata of 17": ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
     "rows 0": ({"evaluation": {"max_rows": 0}}, "evaluation.max_rows"),

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -648,7 +649,8 @@ def test_a_job_that_does_not_move_says_why(database):
 
     def why():
         with database.reading() as session:
-            return jobs.waiting_for(session, session.get_one(Job, job_id), stale_worker_seconds=60)
+            lanes_of = partial(jobs.living_lanes, session, stale_worker_seconds=60)
+            return jobs.waiting_for(session.get_one(Job, job_id), lanes_of)
 
     assert "No worker for the queue 'jobs'" in why()
     make_worker(database, lane_memory_bytes=4 * 2**30, draining=True)
