@@ -21,6 +21,7 @@ from core.models import Job
 from core.storage import Storage
 from worker import inputs, publish
 from worker.lease import Cancelled, Draining, Lease
+from worker.phase_clock import PhaseClock
 from worker.progress import Line, Metrics, Note, Step
 from worker.step_runner import run_step
 from worker.workspace import Workspace
@@ -49,16 +50,19 @@ class Run:
     spec: JobSpec
     workspace: Workspace
     lease: Lease
+    clock: PhaseClock
 
     def enter(self, phase: Phase, message: str) -> None:
+        ended = self.clock.turn_to(phase)
         with self.context.database.writing() as session:
             wish = jobs.enter_phase(session, self.claim, phase, message)
+            session.add_all([ended] if ended else [])
             session.commit()
         self.lease.heard(wish)
         self.lease.check()
 
     def step(self, name: str) -> dict[str, Any]:
-        return run_step(
+        result = run_step(
             name,
             self.workspace,
             lease=self.lease,
@@ -66,6 +70,8 @@ class Run:
             grace_seconds=self.context.settings.cancel_grace_seconds,
             on_lines=self.record,
         )
+        self.clock.did_step(name, result)
+        return result
 
     def record(self, lines: Sequence[Line]) -> None:
         """Turn a step's lines into progress, metrics and events, in one write."""
@@ -83,7 +89,9 @@ def run(context: Context, claim: Claim) -> None:
     log.info("job_claimed")
     try:
         with _lease(context, claim) as lease:
-            _tell(_open(context, claim, lease))
+            opened = _open(context, claim, lease)
+            with inputs.holding_models(opened.spec, context.settings):
+                _tell(opened)
     except LeaseLost:
         log.warning("lease_lost")
     except Cancelled:
@@ -141,9 +149,12 @@ def _publish(run: Run) -> None:
         storage=run.context.storage,
         check=run.lease.check,
     )
+    run.clock.did(sum(artifact.bytes for artifact in outcome.artifacts))
+    ended = run.clock.end()
     with run.context.database.writing() as session:
         if not jobs.succeed(session, run.claim, outcome):
             raise Cancelled
+        session.add_all([ended] if ended else [])
         session.commit()
     log.info("job_succeeded", model=run.spec.fine_tuned_model)
 
@@ -168,13 +179,16 @@ def _lease(context: Context, claim: Claim) -> Lease:
 def _open(context: Context, claim: Claim, lease: Lease) -> Run:
     with context.database.reading() as session:
         row = session.execute(select(Job.team_id, Job.spec).where(Job.id == claim.job_id)).one()
+    spec = JobSpec.model_validate(row.spec)
+    workspace = Workspace(context.settings.work_dir / claim.job_id)
     return Run(
         context=context,
         claim=claim,
         team_id=row.team_id,
-        spec=JobSpec.model_validate(row.spec),
-        workspace=Workspace(context.settings.work_dir / claim.job_id),
+        spec=spec,
+        workspace=workspace,
         lease=lease,
+        clock=PhaseClock(spec, workspace, claim, context.device),
     )
 
 

@@ -18,7 +18,7 @@ from core.errors import Cause, StepFailed
 from core.ids import new_id
 from core.job_spec import Graft, JobSpec, ModelSource
 from core.jobs import Claim, Outcome
-from core.models import Artifact, File
+from core.models import Artifact, Checkpoint, File
 from core.storage import Storage
 from worker.workspace import Workspace
 
@@ -62,9 +62,10 @@ def publish(
     return Outcome(
         artifacts=artifacts,
         result_files=[_result_file(workspace, claim, team_id, storage)] if trains else [],
-        trained_tokens=json.loads(workspace.result("train").read_bytes())["trained_tokens"] if trains else None,
+        trained_tokens=_trained(workspace)["trained_tokens"] if trains else None,
         evaluation=json.loads(workspace.report.read_bytes()) if compares else None,
         graft_result=graft_result(workspace),
+        checkpoints=_checkpoints(spec, workspace) if trains else [],
     )
 
 
@@ -78,9 +79,35 @@ def publications(spec: JobSpec, workspace: Workspace) -> Iterator[Publication]:
         return
     if spec.tuning.type == "lora":
         yield from _folder("adapter", workspace.adapter)
+        for step in _steps(workspace)[:-1]:
+            yield from _folder("adapter", workspace.checkpoint(step), below=_checkpoint_folder(step))
     if spec.saves_delta:
         yield from _folder("delta", workspace.saved_delta)
     yield Publication("metrics", workspace.metrics.name, workspace.metrics)
+
+
+def _trained(workspace: Workspace) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(workspace.result("train").read_bytes())
+    return result
+
+
+def _steps(workspace: Workspace) -> list[int]:
+    return [checkpoint["step"] for checkpoint in _trained(workspace)["checkpoints"]]
+
+
+def _checkpoint_folder(step: int) -> str:
+    return f"checkpoints/step-{step}"
+
+
+def _checkpoints(spec: JobSpec, workspace: Workspace) -> list[Checkpoint]:
+    """The last one is the training's end: what is published as the job's adapter or delta."""
+    last = "adapter" if spec.tuning.type == "lora" else "delta" if spec.saves_delta else None
+    steps = _steps(workspace)
+    folders = [*(_checkpoint_folder(step) for step in steps[:-1]), last]
+    return [
+        Checkpoint(id=new_id("ftckpt_"), job_id=spec.job_id, step=one["step"], metrics=one["metrics"], folder=folder)
+        for one, folder in zip(_trained(workspace)["checkpoints"], folders, strict=True)
+    ]
 
 
 def graft_result(workspace: Workspace) -> dict[str, Any]:
@@ -146,10 +173,10 @@ def _name(source: ModelSource) -> str:
     return source.location if source.kind == "hub" else Path(source.location).name
 
 
-def _folder(kind: str, folder: Path) -> Iterator[Publication]:
+def _folder(kind: str, folder: Path, *, below: str | None = None) -> Iterator[Publication]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            yield Publication(kind, f"{kind}/{path.relative_to(folder).as_posix()}", path)
+            yield Publication(kind, f"{below or kind}/{path.relative_to(folder).as_posix()}", path)
 
 
 def _store(publication: Publication, claim: Claim, team_id: str, storage: Storage) -> Artifact:

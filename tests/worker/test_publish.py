@@ -19,6 +19,7 @@ CLAIM = Claim("ftjob-1", 3)
 FIGURES = {
     "fidelity": 0.97, "discarded_share": 0.0, "grafted": 3, "layers": {"0": {}}, "modules": {"q_proj": {}}
 }  # fmt: skip
+CHECKPOINTS = [{"step": step, "metrics": {"step": step, "train_loss": 1 / step}} for step in (2, 4, 6)]
 METRICS = [{"step": 1, "train_loss": 2.5, "train_mean_token_accuracy": 0.5}, {"step": 2, "valid_loss": 1.25}]
 
 
@@ -44,7 +45,7 @@ def workspace(tmp_path, spec):
     write(made.adapter / "adapter_model.safetensors", "adapter")
     write(made.result("graft"), json.dumps({"published": "1", "scales": {"1": FIGURES}}))
     write(made.metrics, "".join(json.dumps(line) + "\n" for line in METRICS))
-    write(made.result("train"), json.dumps({"trained_tokens": 77}))
+    write(made.result("train"), json.dumps({"trained_tokens": 77, "checkpoints": CHECKPOINTS[-1:]}))
     write(made.report, json.dumps({"verdict": "better"}))
     write(made.report.with_suffix(".md"), "better")
     return made
@@ -94,6 +95,33 @@ def test_an_attempt_writes_below_its_own_prefix_only(spec, workspace, storage):
     assert [path for path in storage.path("").rglob("*") if path.is_file()] == []
 
 
+def test_the_ends_of_epochs_are_published_each_with_its_adapter_and_the_last_one_only_once(spec, workspace, storage):
+    write(workspace.result("train"), json.dumps({"trained_tokens": 77, "checkpoints": CHECKPOINTS}))
+    for step in (2, 4):
+        write(workspace.checkpoint(step) / "adapter_model.safetensors", f"adapter {step}")
+    outcome = run(spec, workspace, storage)
+
+    adapters = {artifact.path: artifact for artifact in outcome.artifacts if artifact.kind == "adapter"}
+    file = "adapter_model.safetensors"
+    assert adapters.keys() == {f"adapter/{file}", f"checkpoints/step-2/{file}", f"checkpoints/step-4/{file}"}
+    stored = storage.path(adapters[f"checkpoints/step-4/{file}"].storage_key).read_text()
+    assert stored == "adapter 4"
+    rows = [(one.job_id, one.step, one.metrics, one.folder) for one in outcome.checkpoints]
+    folders = ("checkpoints/step-2", "checkpoints/step-4", "adapter")
+    assert rows == [
+        (CLAIM.job_id, one["step"], one["metrics"], folder) for one, folder in zip(CHECKPOINTS, folders, strict=True)
+    ]
+    assert all(one.id.startswith("ftckpt_") for one in outcome.checkpoints)
+
+
+@pytest.mark.parametrize(("publishes", "folder"), [(False, None), (True, "delta")])
+def test_full_tuning_has_its_last_state_as_the_one_checkpoint(spec, workspace, storage, publishes, folder):
+    save_delta(workspace)
+    asked = full_tuning(spec).model_copy(update={"publish": Publish(delta=publishes)})
+    (checkpoint,) = run(asked, workspace, storage).checkpoints
+    assert (checkpoint.step, checkpoint.folder) == (6, folder)
+
+
 def test_full_tuning_publishes_no_adapter(spec, workspace, storage):
     assert "adapter" not in {artifact.kind for artifact in run(full_tuning(spec), workspace, storage).artifacts}
 
@@ -131,7 +159,7 @@ def graft_of(spec, **evaluation):
 def test_a_graft_publishes_its_model_and_its_comparison(spec, workspace, storage):
     outcome = run(graft_of(spec), workspace, storage)
     assert {artifact.kind for artifact in outcome.artifacts} == {"model", "card", "report"}
-    assert (outcome.result_files, outcome.trained_tokens) == ([], None)
+    assert (outcome.result_files, outcome.trained_tokens, outcome.checkpoints) == ([], None, [])
     assert outcome.evaluation == {"verdict": "better"}
 
 
