@@ -14,7 +14,7 @@ from tests.servers import run_service, wait_until
 ROW = b'{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}\n'
 
 
-@pytest.fixture(params=["embedded", "postgresql and redis"])
+@pytest.fixture(params=["embedded", pytest.param("postgresql and redis", marks=pytest.mark.slow)])
 def service(request, tmp_path):
     with ExitStack() as stack:
         outside = request.param != "embedded"

@@ -231,6 +231,7 @@ def test_the_program_repeats_the_run_byte_for_byte_and_speaks_only_lines(as_prog
     assert workspace.done("train").exists()
 
 
+@pytest.mark.slow
 def test_another_seed_makes_other_weights(models, lora, tmp_path):
     other = run(tmp_path, models, seed=8, n_epochs=1)
     name = "adapter_model.safetensors"
@@ -253,6 +254,7 @@ def test_the_loss_is_that_of_the_answers_alone(models, tmp_path):
     assert metrics(one)[0].train_loss == pytest.approx(losses.mean().item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_half_sized_micro_batches_take_the_same_steps(models, lora, tmp_path, monkeypatch):
     monkeypatch.setitem(train.MICRO_BATCH_TOKENS, "cpu", 200)
     halved = run(tmp_path, models)
@@ -261,10 +263,12 @@ def test_half_sized_micro_batches_take_the_same_steps(models, lora, tmp_path, mo
     assert losses == [pytest.approx((line.train_loss, line.grad_norm), rel=1e-3) for line in metrics(lora)[1:]]
 
 
+@pytest.mark.slow
 def test_fewer_rows_than_a_batch_make_one_step_an_epoch(models, tmp_path):
     assert run(tmp_path, models, tiny.make_rows(3), batch_size=32).result["steps"] == 2
 
 
+@pytest.mark.slow
 def test_bfloat16_autocast_keeps_float32_weights(models, tmp_path):
     one = run(tmp_path, models, precision="bfloat16", n_epochs=1)
     tensors = load_file(one.workspace.adapter / "adapter_model.safetensors").values()
@@ -325,7 +329,7 @@ def test_a_base_without_a_row_that_only_pads_is_trained(models, tmp_path):
     assert done.result["final_train_loss"] > 0
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("tuning", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_model_with_experts_is_trained_and_grafted(tmp_path, tuning):
     """transformers holds experts as fused parameters and stores them one by one."""
     tiny.save_model(tmp_path / "pair" / "base", tiny.make_expert_model(0), template=None, dtype=torch.bfloat16)

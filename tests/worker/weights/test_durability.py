@@ -351,6 +351,7 @@ def test_one_folder_as_base_and_tuned_is_refused(pair):
     assert names(pair) == SOURCES
 
 
+@pytest.mark.slow
 def test_twenty_thousand_tensors_are_planned_in_the_time_of_their_number(tmp_path):
     """Twice the tensors take about twice as long, and not four times; the time is the yardstick of itself."""
     took = [planning_seconds(tmp_path / str(count), count) for count in (4000, 16000)]
