@@ -14,7 +14,8 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-TESTS := $(BIN)/python -m pytest -n 2 --dist loadgroup
+# More than there are cores: many tests wait for services that they have started.
+TESTS := $(BIN)/python -m pytest -n 3 --dist loadgroup
 
 .PHONY: help
 help: ## Show this list
@@ -32,6 +33,7 @@ $(READY): pyproject.toml requirements.lock
 	@if [ -n "$(TORCH_INDEX_URL)" ]; then \
 	  $(BIN)/pip install --quiet --index-url "$(TORCH_INDEX_URL)" "$$(grep '^torch==' requirements.lock)"; fi
 	$(BIN)/pip install --quiet -c requirements.lock -e '.[worker,dev]'
+	$(BIN)/python -c 'from worker.weights.kernels import compile_all; compile_all()'
 	@touch $@
 
 .PHONY: demo

@@ -440,9 +440,9 @@ def _told_in_words(wish: Wish) -> Iterator[None]:
     except OSError as error:
         raise InvalidInput(f"{error.filename}: {error.strerror}.") from error
     except ModuleNotFoundError as error:
-        if error.name != "torch":
+        if error.name not in ("numpy", "numba"):
             raise
-        raise InvalidInput("Grafting needs torch.", hint="Install it: pip install 'shadowft[worker]'") from None
+        raise InvalidInput(f"Grafting needs {error.name}.", hint="Install it: pip install 'shadowft[worker]'") from None
     except KeyboardInterrupt:
         _say(f"stopped. {_what_is_left(wish)}")
         raise typer.Exit(INTERRUPTED) from None

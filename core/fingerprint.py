@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.checkpoints import Checkpoint, is_small_file
 from core.errors import Unavailable
-from core.job_spec import ModelSource
+
+if TYPE_CHECKING:
+    from core.job_spec import ModelSource
 
 _LENGTH_BYTES = 8
 _SAMPLES, _SAMPLE_BYTES = 64, 64 * 1024

@@ -24,4 +24,6 @@ RUN pip install --no-deps .
 USER shadowft
 ENV SHADOWFT_DATA_DIR=/data SHADOWFT_LOG_FORMAT=json
 WORKDIR /data
+# The grafting kernels, for the processor of this machine; another one compiles its own when it first needs them.
+RUN python -c 'from worker.weights.kernels import compile_all; compile_all()'
 CMD ["shadowft", "worker", "--queue", "jobs"]

@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("core", "api", "worker", "cli", "demo", "migrations")
-HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
+TRAINERS = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
+HEAVY = {*TRAINERS, "numba", "llvmlite"}
 
 #: room -> what it never imports.
 FORBIDDEN = {
@@ -37,7 +38,7 @@ HEIGHT = {
 #: What runs in a job's child, and may therefore import torch.
 IN_A_CHILD = (
     *("worker.steps.", "worker.weights.", "worker.chat_text", "worker.scoring", "worker.report"),
-    *("worker.pair_inspection", "worker.tokenizers_check"),
+    *("worker.pair_inspection", "worker.tokenizers_check", "worker.start_rows_in_model"),
 )
 
 
@@ -166,12 +167,22 @@ def test_modules_import_each_other_in_no_circle():
 
 @pytest.mark.parametrize("module", ["api.app", "worker.tasks", "cli.main"])
 def test_a_light_process_leaves_the_heavy_libraries_alone(module, tmp_path):
-    program = f"import sys, {module}; print(sorted(sys.modules.keys() & {HEAVY - {'accelerate'}!r}))"
+    assert imported_of(HEAVY - {"accelerate"}, module, tmp_path) == "[]"
+
+
+@pytest.mark.parametrize("module", ["worker.weights", "worker.steps.graft"])
+def test_a_graft_needs_no_torch(module, tmp_path):
+    assert imported_of({*TRAINERS, "safetensors"}, module, tmp_path) == "[]"
+
+
+def imported_of(libraries, module, tmp_path):
+    """Those that a process has after the import of the module, as a list in words."""
+    program = f"import sys, {module}; print(sorted(sys.modules.keys() & {libraries!r}))"
     env = {**os.environ, "SHADOWFT_DATA_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", program], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "[]"
+    return done.stdout.strip()
 
 
 # --- what never stands in the sources ---------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def machine() -> dict[str, Any]:
         "load": [round(value, 2) for value in os.getloadavg()],
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")},
+        "versions": {name: version(name) for name in ("numpy", "numba", "torch", "transformers", "peft")},
     }
 
 

@@ -110,6 +110,7 @@ def test_a_model_is_laid_out_as_the_hubs_client_does_it_and_a_second_job_asks_th
     assert requests(hub) == asked
 
 
+@pytest.mark.slow
 def test_the_small_files_come_without_the_weights_and_are_not_fetched_again_with_them(hub, cache):
     source = make_model(hub)
     small = cache.fetch_small(source, lambda: None)
@@ -122,6 +123,7 @@ def test_the_small_files_come_without_the_weights_and_are_not_fetched_again_with
     assert len(fetched) == len(set(fetched)) == 3
 
 
+@pytest.mark.slow
 def test_a_commit_with_the_same_weights_fetches_only_what_it_changed(hub, cache):
     fetch(cache, make_model(hub))
     (hub / "acme/one/tokenizer.json").write_text("another")
@@ -236,7 +238,9 @@ def test_an_index_that_names_a_shard_which_is_not_there_is_refused(hub, cache):
 # --- damage in the cache ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["changed", "shorter", "gone"])
+@pytest.mark.parametrize(
+    "damage", ["changed", *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("shorter", "gone"))]
+)
 def test_a_blob_that_was_damaged_in_the_cache_is_fetched_again_alone(hub, cache, damage):
     source = make_model(hub)
     blob = (fetch(cache, source) / "model.safetensors").resolve()
@@ -440,6 +444,7 @@ def test_the_model_that_was_unused_longest_makes_room(cache, three):
     assert not any(blobs(cache).iterdir())
 
 
+@pytest.mark.slow
 def test_a_use_is_remembered_and_an_evicted_model_can_be_had_again(hub, cache, three):
     sources, new, limited = three
     fetch(limited, sources[0])
@@ -493,6 +498,7 @@ def test_a_model_above_the_limit_is_refused_before_anything_goes(cache, three):
     assert there(cache, sources) == [True, True, True]
 
 
+@pytest.mark.slow
 def test_a_commit_that_goes_leaves_the_blobs_that_another_one_shares(hub, cache):
     old = make_model(hub)
     fetch(cache, old)
@@ -522,6 +528,7 @@ def test_what_a_dead_download_left_goes_first(hub, cache):
     assert there(cache, [kept, source]) == [True, True]
 
 
+@pytest.mark.slow
 def test_what_a_running_download_is_still_to_get_is_not_given_to_another(hub, cache, start):
     source = make_model(hub, bytes_per_second=200_000)
     first = start(source)
@@ -595,7 +602,7 @@ def test_the_token_goes_to_the_hub_and_to_nobody_it_points_to(hub, cache, monkey
     assert [line["authorization"] for line in served(hub, "cdn")] == [None]
 
 
-@pytest.mark.parametrize("trouble", [{"gated": True}, {"status": 500}, {"wrong_bytes": True}, {"cut": 1}], ids=str)
+@pytest.mark.parametrize("trouble", [{"gated": True}, {"wrong_bytes": True}], ids=str)
 def test_the_token_is_in_no_error_and_no_log(hub, cache, monkeypatch, capfd, caplog, trouble):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     source = make_model(hub, token=TOKEN, **trouble)

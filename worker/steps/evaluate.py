@@ -26,8 +26,9 @@ from worker.chat_text import ChatText, EncodedRow, encode_rows, read_set, split_
 from worker.progress import ProgressWriter
 from worker.report import BASE_TUNED, DIRECT, INSTRUCT, VALIDATION, Report, RowResult, Sample, SetResult, VariantResult
 from worker.scoring import Score, score_rows, total
+from worker.start_rows_in_model import put_rows
 from worker.steps import child
-from worker.weights.special_rows import put_rows, read_start_rows
+from worker.weights.special_rows import read_start_rows
 from worker.workspace import Workspace, write_durably
 
 #: `auto` generates answers where no reference is longer than this many tokens: beyond it, few free answers are equal

@@ -59,8 +59,9 @@ from worker.chat_text import (
 )
 from worker.progress import Metrics, ProgressWriter
 from worker.scoring import Score, score_rows, total
+from worker.start_rows_in_model import put_rows
 from worker.steps import child
-from worker.weights.special_rows import StartRows, put_rows, row_numbers, rows_for_untrained, save_start_rows
+from worker.weights.special_rows import StartRows, row_numbers, rows_for_untrained, save_start_rows
 from worker.workspace import Workspace
 
 # TRL reports every trainer that is made to its makers unless told not to; a customer's run is nobody's business.

@@ -14,27 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from core.adapter_plan import AdapterPlan, LowRank, Replacement, plan_adapter
 from core.checkpoints import Checkpoint, TensorInfo, read_adapter, read_checkpoint, read_delta
 from core.errors import PairRefused
 from core.graft_plan import GraftPlan, Selection, listed, plan_graft, plan_saved
-from worker.weights import tensors
+from worker.weights import kernels, tensors
 from worker.weights.arithmetic import Change
+from worker.weights.kernels import Array
 from worker.weights.special_rows import StartRows, read_start_rows, require_fitting_rows, row_numbers
-from worker.weights.tensors import Buffer, Reader, Scratch
+from worker.weights.tensors import F32, Reader, Scratch, Slot, widened
 
 Kind = Literal["full", "lora", "delta"]
-
-#: Rows of a low-rank product are made in panels of about so many elements, whatever the chunks: a product's last bit
-#: depends on how many rows are made at once (seen below eight rows), and no setting may change a bit.
-PANEL_ELEMENTS = 128 * 1024
-_PANEL_ROWS = 16
-
-#: Added to or subtracted from, it makes +0.0 of -0.0.
-_ZERO = torch.tensor(0.0)
 
 #: Tensors whose factors are kept in memory: blocks of a few tensors are at work at once.
 _FACTORS_HELD = 4
@@ -43,18 +35,18 @@ _FACTORS_HELD = 4
 class TensorChange(Protocol):
     """The delta of one tensor."""
 
-    #: Chunks begin at multiples of so many elements.
+    #: Chunks begin at multiples of so many elements: for speed, not for the result.
     grain: int
 
     def read(self, first: int, last: int, scale: float, scratch: Scratch, *, careful: bool) -> Change:
-        """The change of the flattened elements `first` to `last`, which lie within one chunk, in `scratch`'s memory.
+        """The change of the flattened elements `first` to `last`, in `scratch`'s memory.
 
         `careful`: elements that are the same NaN or infinity before and after the tuning have no update.
         """
         ...
 
-    def total(self, first: int, last: int, buffer: Buffer) -> Tensor | None:
-        """The tuned values as stored, if Instruct's tensor is base's own, bit for bit: the graft at scale 1."""
+    def total(self, first: int, last: int, scratch: Scratch) -> Array | None:
+        """The tuned values, if Instruct's tensor is base's own, bit for bit: the graft at scale 1."""
         ...
 
     def announce(self, first: int, last: int) -> None:
@@ -206,11 +198,9 @@ class Stored:
     reader: Reader
     info: TensorInfo
 
-    def read(self, first: int, last: int, buffer: Buffer) -> Tensor:
-        return self.reader.elements(self.info, first, last, buffer)
-
-    def read32(self, first: int, last: int, raw: Buffer, into: Buffer) -> Tensor:
-        return into.floats(last - first).copy_(self.read(first, last, raw))
+    def values(self, first: int, last: int, slot: Slot) -> Array:
+        """As the kernels take them."""
+        return self.reader.values(self.info, first, last, slot)
 
     def announce(self, first: int, last: int) -> None:
         self.reader.announce(self.info, first, last)
@@ -220,16 +210,22 @@ class Stored:
 class Patched(Stored):
     """A tensor of (R, C) with rows of (C,) float32 in place of those that are stored."""
 
-    rows: Mapping[int, Tensor]
+    rows: Mapping[int, Array]
 
-    def read32(self, first: int, last: int, raw: Buffer, into: Buffer) -> Tensor:
-        values = super().read32(first, last, raw, into)
+    def values(self, first: int, last: int, slot: Slot) -> Array:
+        found = super().values(first, last, slot)
         columns = self.info.shape[1]
-        for number, row in self.rows.items():
+        here = [number for number in self.rows if number * columns < last and first < (number + 1) * columns]
+        if not here:
+            return found
+        wide = slot.wide.floats(last - first)
+        if wide is not found:
+            kernels.store(found, wide)
+        for number in here:
             start, end = max(first, number * columns), min(last, (number + 1) * columns)
-            if start < end:
-                values[start - first : end - first] = row[start - number * columns : end - number * columns]
-        return values
+            row = self.rows[number]
+            wide[start - first : end - first] = row[start - number * columns : end - number * columns]
+        return wide
 
 
 def _start(stored: Stored, rows: StartRows) -> Stored:
@@ -248,21 +244,24 @@ class Difference:
         self._same: bool | None = None
 
     def read(self, first: int, last: int, scale: float, scratch: Scratch, *, careful: bool) -> Change:
-        tuned32 = self._tuned.read32(first, last, scratch.raw, scratch.change32)
-        base32 = self._base.read32(first, last, scratch.raw, scratch.base32)
-        same = (tuned32 == base32) | (tuned32.isnan() & base32.isnan()) if careful else None
-        one, two = (base32, tuned32) if scale > 0 else (tuned32, base32)
-        decrement = torch.sub(one, two, out=tuned32)
-        if same is not None:
-            decrement.masked_fill_(same, 0.0)
-        return Change(_scaled(decrement, abs(scale), careful=careful).add_(_ZERO), base32)  # never -0.0
+        tuned = self._tuned.values(first, last, scratch.tuned)
+        base = self._base.values(first, last, scratch.base)
+        decrement = scratch.change.floats(last - first)
+        if careful:
+            tuned32, base32 = widened(tuned), widened(base)
+            with np.errstate(all="ignore"):
+                same = (tuned32 == base32) | (np.isnan(tuned32) & np.isnan(base32))
+                _scale_carefully(np.where(same, 0, base32 - tuned32), scale, decrement)
+        else:
+            kernels.difference(tuned, base, scale, decrement)
+        return Change(decrement, base)
 
-    def total(self, first: int, last: int, buffer: Buffer) -> Tensor | None:
+    def total(self, first: int, last: int, scratch: Scratch) -> Array | None:
         """Asked of the whole tensor and not of single elements, which would cost a mask (see `arithmetic`)."""
         with self._lock:
             if self._same is None:
                 self._same = self._compare()
-        return self._tuned.read(first, last, buffer) if self._same else None
+        return self._tuned.values(first, last, scratch.total) if self._same else None
 
     def announce(self, first: int, last: int) -> None:
         self._base.announce(first, last)
@@ -271,19 +270,19 @@ class Difference:
     def _compare(self) -> bool:
         if self._instruct.info.dtype != self._base.info.dtype:
             return False
-        one, two = Scratch(), Scratch()
+        one, two = Slot(), Slot()
         for first in range(0, self._elements, self.grain):
             last = min(first + self.grain, self._elements)
-            here, there = self._whole(self._instruct, first, last, one), self._whole(self._base, first, last, two)
-            if not torch.equal(here.view(torch.uint8), there.view(torch.uint8)):
+            if not _same_bits(self._instruct.values(first, last, one), self._base.values(first, last, two)):
                 return False
         return True
 
-    def _whole(self, stored: Stored, first: int, last: int, scratch: Scratch) -> Tensor:
-        """As stored; in float32, which holds every value, where base has rows that are not."""
-        if isinstance(self._base, Patched):
-            return stored.read32(first, last, scratch.raw, scratch.base32)
-        return stored.read(first, last, scratch.raw)
+
+def _same_bits(one: Array, two: Array) -> bool:
+    """In float32, which holds every value, where rows of the start have made it float32."""
+    if one.dtype != two.dtype:
+        one, two = widened(one), widened(two)
+    return np.array_equal(one.view(np.uint8), two.view(np.uint8))
 
 
 class SavedChange:
@@ -294,23 +293,29 @@ class SavedChange:
         self._delta = delta
 
     def read(self, first: int, last: int, scale: float, scratch: Scratch, *, careful: bool) -> Change:
-        delta = self._delta.read32(first, last, scratch.raw, scratch.change32)
-        return Change(_scaled(delta, -scale, careful=careful).add_(_ZERO))  # never -0.0
+        decrement = scratch.change.floats(last - first)
+        _scale(self._delta.values(first, last, scratch.tuned), -scale, decrement, careful=careful)
+        return Change(decrement)
 
-    def total(self, first: int, last: int, buffer: Buffer) -> Tensor | None:
+    def total(self, first: int, last: int, scratch: Scratch) -> Array | None:
         return None
 
     def announce(self, first: int, last: int) -> None:
         self._delta.announce(first, last)
 
 
-def _scaled(change: Tensor, scale: float, *, careful: bool) -> Tensor:
-    """In place. `careful`: no change stays none, also where the scale is beyond float32."""
-    if scale == 1:
-        return change
-    nothing = change == 0 if careful else None
-    change.mul_(scale)
-    return change if nothing is None else change.masked_fill_(nothing, 0.0)
+def _scale(change: Array, factor: float, decrement: Array, *, careful: bool) -> None:
+    """`decrement = change * factor`; the two may be one."""
+    if careful:
+        _scale_carefully(widened(change), factor, decrement)
+    else:
+        kernels.scaled(change, factor, decrement)
+
+
+def _scale_carefully(change: Array, factor: float, decrement: Array) -> None:
+    """No change stays none, also where the factor is beyond float32."""
+    with np.errstate(all="ignore"):
+        np.copyto(decrement, np.where(change == 0, 0, change * np.float32(factor)) + np.float32(0))
 
 
 def common_elements(info: TensorInfo, common_rows: Mapping[str, int]) -> int:
@@ -374,20 +379,20 @@ class _Changes:
 
 
 class _Factors:
-    """The factors of the tensors at work, in float32; those of finished tensors are let go."""
+    """The factors of the tensors at work, as `kernels.product` takes them; those of finished tensors are let go."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self._held: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._held: OrderedDict[str, tuple[Array, Array]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, factors: LowRank) -> tuple[Tensor, Tensor]:
-        """(R, r) and (r, C). For a weight stored as (in, out) the product is `A^T @ B^T`."""
+    def of(self, factors: LowRank) -> tuple[Array, Array]:
+        """Of (R, r) and (r, C). For a weight stored as (in, out) the product is `A^T @ B^T`."""
         key = factors.a.name
         with self._lock:
             if key not in self._held:
                 a, b = self.reader.tensor(factors.a), self.reader.tensor(factors.b)
-                self._held[key] = (a.T.contiguous(), b.T.contiguous()) if factors.transposed else (b, a)
+                self._held[key] = kernels.pack(a.T, b.T) if factors.transposed else kernels.pack(b, a)
                 if len(self._held) > _FACTORS_HELD:
                     self._held.popitem(last=False)
             return self._held[key]
@@ -397,68 +402,79 @@ class Product:
     """`scaling * left @ right` of one weight of C columns; with DoRA's magnitude, base's own rows made anew."""
 
     def __init__(self, factors: _Factors, plan: LowRank, base: Stored | None, *, columns: int) -> None:
-        self.grain = _panel_rows(columns) * columns
-        self._factors, self._plan, self._base = factors, plan, base
+        self._rows = plan.a.shape[1] if plan.transposed else plan.b.shape[0]
         self._columns = columns
+        self.grain = _rows_at_once(columns) * columns
+        self._factors, self._plan, self._base = factors, plan, base
         self._lock = threading.Lock()
-        self._ratios: Tensor | None = None
+        self._ratios: Array | None = None
 
     def read(self, first: int, last: int, scale: float, scratch: Scratch, *, careful: bool) -> Change:
-        start = first // self.grain * self.grain
-        panel, base = self._panel(first // self.grain, scratch)
-        change = _scaled(self._delta(panel, base, start // self._columns), abs(scale), careful=careful)
-        decrement = torch.sub(_ZERO, change, out=change) if scale > 0 else change.add_(_ZERO)  # never -0.0
-        inside = slice(first - start, last - start)
-        return Change(decrement.view(-1)[inside], None if base is None else base.view(-1)[inside])
+        """Of the rows that the elements lie in."""
+        start, end = first // self._columns, -(-last // self._columns)
+        base = None
+        if self._base is not None:
+            base = self._base.values(start * self._columns, end * self._columns, scratch.base)
+        if careful or self._plan.magnitude is not None:
+            decrement = self._panel(start, end, 1.0, scratch)
+            if base is not None and self._plan.magnitude is not None:
+                self._remake(decrement, widened(base).reshape(decrement.shape), start)
+            _scale(decrement.reshape(-1), -scale, decrement.reshape(-1), careful=careful)
+        else:
+            decrement = self._panel(start, end, -scale, scratch)
+        inside = slice(first - start * self._columns, last - start * self._columns)
+        return Change(decrement.reshape(-1)[inside], None if base is None else base[inside])
 
-    def total(self, first: int, last: int, buffer: Buffer) -> Tensor | None:
+    def total(self, first: int, last: int, scratch: Scratch) -> Array | None:
         return None
 
     def announce(self, first: int, last: int) -> None:
         if self._base is not None:
             self._base.announce(first, last)
 
-    def _panel(self, number: int, scratch: Scratch) -> tuple[Tensor, Tensor | None]:
-        """Rows of the product and of base, both (R', C) float32."""
-        left, right = self._factors.of(self._plan)
-        step = self.grain // self._columns
-        first, last = number * step, min((number + 1) * step, len(left))
-        shape = (last - first, self._columns)
-        panel = scratch.change32.floats(shape[0] * shape[1]).view(shape)
-        torch.mm(left[first:last], right, out=panel).mul_(self._plan.scaling)
-        if self._base is None:
-            return panel, None
-        start = first * self._columns
-        base = self._base.read32(start, start + panel.numel(), scratch.raw, scratch.base32)
-        return panel, base.view(shape)
+    def _panel(self, start: int, end: int, factor: float, scratch: Scratch) -> Array:
+        """The rows `start` to `end` of the product by `factor`, (n, C)."""
+        left, tiles = self._factors.of(self._plan)
+        panel = scratch.change.floats((end - start) * self._columns).reshape(end - start, self._columns)
+        kernels.product(left, tiles, self._plan.scaling, factor, start, panel)
+        return panel
 
-    def _delta(self, panel: Tensor, base: Tensor | None, first_row: int) -> Tensor:
-        """The panel itself; for DoRA `magnitude / |base + panel| * (base + panel) - base` (arXiv 2402.09353)."""
-        if self._plan.magnitude is None or base is None:
-            return panel
-        ratios = self._magnitude_ratios(self._plan.magnitude)
+    def _remake(self, panel: Array, base: Array, start: int) -> None:
+        """DoRA: `magnitude / |base + panel| * (base + panel) - base`, in the place of the panel (arXiv 2402.09353)."""
+        ratios = self._magnitude_ratios()
         if self._plan.magnitude_axis == 0:
-            ratios = ratios[first_row : first_row + len(panel)].unsqueeze(1)
-        return panel.add_(base).mul_(ratios).sub_(base)
+            ratios = ratios[start : start + len(panel), np.newaxis]
+        with np.errstate(all="ignore"):
+            panel += base
+            panel *= ratios
+            panel -= base
 
-    def _magnitude_ratios(self, magnitude: TensorInfo) -> Tensor:
+    def _magnitude_ratios(self) -> Array:
         """(R,) or (C,) float32: what DoRA multiplies each row or column by. It takes a pass of its own, once."""
+        assert self._plan.magnitude is not None  # noqa: S101 - who asks has looked
         with self._lock:
             if self._ratios is None:
-                self._ratios = self._factors.reader.tensor(magnitude).view(-1) / self._norms()
+                with np.errstate(all="ignore"):
+                    self._ratios = self._factors.reader.tensor(self._plan.magnitude).reshape(-1) / self._norms()
             return self._ratios
 
-    def _norms(self) -> Tensor:
-        scratch = Scratch()
-        rows = len(self._factors.of(self._plan)[0])
-        squares = []
-        for number in range(-(-rows * self._columns // self.grain)):
-            panel, base = self._panel(number, scratch)
-            squares.append(panel.add_(base).square_().sum(1 - self._plan.magnitude_axis))  # type: ignore[arg-type]
-        return (torch.cat(squares) if self._plan.magnitude_axis == 0 else torch.stack(squares).sum(0)).sqrt()
+    def _norms(self) -> Array:
+        assert self._base is not None  # noqa: S101 - the plan refuses DoRA without base
+        by_row = self._plan.magnitude_axis == 0
+        sums, scratch = np.zeros(self._rows if by_row else self._columns), Scratch()
+        at_once = self.grain // self._columns
+        for start in range(0, self._rows, at_once):
+            end = min(start + at_once, self._rows)
+            panel = self._panel(start, end, 1.0, scratch)
+            base = widened(self._base.values(start * self._columns, end * self._columns, scratch.base))
+            with np.errstate(all="ignore"):
+                panel += base.reshape(panel.shape)
+            kernels.add_squares(panel, by_row, sums[start:end] if by_row else sums)
+        with np.errstate(all="ignore"):
+            return np.sqrt(sums).astype(F32)
 
 
-def _panel_rows(columns: int) -> int:
-    """A multiple of 16 where a panel holds as many."""
-    rows = max(1, PANEL_ELEMENTS // columns)
-    return rows if rows < _PANEL_ROWS else rows - rows % _PANEL_ROWS
+def _rows_at_once(columns: int) -> int:
+    """As many as a chunk has, in the steps of the product."""
+    rows = max(1, tensors.CHUNK_ELEMENTS // columns)
+    return rows if rows < kernels.ROWS else rows - rows % kernels.ROWS

@@ -23,8 +23,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from core.checkpoints import CONFIG_FILE, INDEX_FILE, Checkpoint, is_small_file, read_checkpoint
 from core.errors import InvalidInput
 from core.graft_plan import Selection
@@ -47,6 +45,8 @@ from worker.weights.tensors import Reader
 from worker.weights.writing import OnProgress, write_shards
 
 SHADOW_FILE = "shadow.json"
+#: What the arithmetic is made with.
+MADE_BY = ("shadowft", "numpy", "numba")
 
 #: These would speak of another model than the output, or make a loader look for other weights.
 _LEFT_BEHIND = frozenset({"README.md", "adapter_config.json", SHADOW_FILE, MANIFEST_FILE})
@@ -103,11 +103,11 @@ class Plan:
         return {"instruct": self.instruct, **self.delta.sources}
 
     def recipe(self, tally: Tally, *, measure: bool) -> Recipe:
-        return Recipe(self.reader, self.bound, self.options.scale, measure, tally)
+        return Recipe(self.reader, self.bound, float(self.options.scale), measure, tally)
 
     def key(self, *, measure: bool = True, hashes: bool = True) -> str:
         """One text for one output: a draft made under another one is not gone on with."""
-        made_by = versions("shadowft", "torch")
+        made_by = versions(*MADE_BY)
         wanted = {**self.options.as_json(self.delta.kind), "measure": measure, "hashes": hashes}
         return hashlib.sha256(json.dumps([self.fingerprints, wanted, made_by]).encode()).hexdigest()
 
@@ -141,8 +141,7 @@ def planned(instruct: Path, delta: Delta, options: Options) -> Iterator[Plan]:
     shards = plan_shards(checkpoint, reader, bound, scale=options.scale, output_dtype=options.output_dtype)
     plan = Plan(instruct, checkpoint, delta, bound, options, shards, reader, fingerprints)
     try:
-        with one_torch_thread():
-            yield plan
+        yield plan
     finally:
         plan.close()
 
@@ -207,17 +206,6 @@ def _measurement(plan: Plan, tally: Tally, *, measure: bool) -> Measurement:
     if not measure:
         return Measurement.none(grafted=len(plan.bound.grafted) if plan.options.scale else 0, tensors=tensors)
     return tally.measurement(scale=plan.options.scale, tensors=tensors)
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Each of our threads computes alone: chunks are too small to share (on busy cores 5 s became 30)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def refuse_inside(out: Path, sources: Iterable[Path]) -> None:
@@ -289,7 +277,7 @@ def describe(
         **describe_start(plan),
         **asdict(measurement),
         "remarks": list(plan.bound.remarks),
-        "versions": {"python": platform.python_version(), **versions("shadowft", "torch", "transformers", "peft")},
+        "versions": {"python": platform.python_version(), **versions(*MADE_BY)},
     }
 
 
@@ -313,7 +301,7 @@ def _fingerprints(folder: Path) -> list[Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of those that are installed: the library works from a bare checkout, and without the trainers."""
+    """Of those that are installed: the library works from a bare checkout."""
     found = {}
     for package in packages:
         try:

@@ -11,18 +11,17 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from core.checkpoints import DTYPE_BYTES, Checkpoint, TensorInfo
 from worker.weights.delta import BoundDelta
-from worker.weights.tensors import TORCH_DTYPES, Reader
+from worker.weights.tensors import DTYPES, LENGTH_BYTES, Reader, make_header
 
 OutputDtype = Literal["auto", "bfloat16", "float32"]
 Fate = Literal["copy", "convert", "graft", "difference"]
 
 #: The format's words for the dtypes that can be asked for.
 _STORED = {"bfloat16": "BF16", "float32": "F32"}
-_LENGTH_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -111,20 +110,6 @@ def plan_difference(checkpoint: Checkpoint, bound: BoundDelta, stem: str) -> lis
     return shards
 
 
-def make_header(tensors: list[tuple[TensorInfo, str]], metadata: dict[str, str]) -> bytes:
-    """A safetensors header, padded to a multiple of 8 as the format asks
-    (https://huggingface.co/docs/safetensors/index#format)."""
-    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    position = 0
-    for info, dtype in tensors:
-        end = position + info.elements * DTYPE_BYTES[dtype]
-        entries[info.name] = {"dtype": dtype, "shape": list(info.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _LENGTH_BYTES)
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
-
-
 def _files(checkpoint: Checkpoint) -> dict[str, list[TensorInfo]]:
     """Each file's tensors in the order of their bytes."""
     files: dict[str, list[TensorInfo]] = {}
@@ -147,7 +132,7 @@ def _shard(
     if dtypes == [info.dtype for info in infos]:
         header = original
     else:
-        metadata = json.loads(original[_LENGTH_BYTES:]).get("__metadata__", {})
+        metadata = json.loads(original[LENGTH_BYTES:]).get("__metadata__", {})
         header = make_header(list(zip(infos, dtypes, strict=True)), metadata)
     runs = [(info, dtype, _fates(info, dtype, bound, scale)) for info, dtype in zip(infos, dtypes, strict=True)]
     return Shard(file, header, tuple(info.name for info in infos), _pieces(runs, len(header)))
@@ -160,7 +145,7 @@ def _header(reader: Reader, file: str, infos: list[TensorInfo]) -> bytes:
 
 
 def _output(info: TensorInfo, output_dtype: OutputDtype) -> str:
-    return info.dtype if output_dtype == "auto" or info.dtype not in TORCH_DTYPES else _STORED[output_dtype]
+    return info.dtype if output_dtype == "auto" or info.dtype not in DTYPES else _STORED[output_dtype]
 
 
 def _fates(info: TensorInfo, dtype: str, bound: BoundDelta, scale: float) -> list[tuple[Fate, int, int, bool]]:

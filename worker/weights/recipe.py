@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from core.checkpoints import DTYPE_BYTES
 from core.errors import InvalidInput
 from worker.weights import tensors
-from worker.weights.arithmetic import NotFinite, add, add_carefully, change_squares
+from worker.weights.arithmetic import NotFinite, add, add_carefully, change_squares, convert
 from worker.weights.delta import BoundDelta, TensorChange
 from worker.weights.figures import Sums, Tally
+from worker.weights.kernels import Array
 from worker.weights.layout import Piece, Shard
-from worker.weights.tensors import TORCH_DTYPES, Reader, Scratch
+from worker.weights.tensors import DTYPES, F32, Reader, Scratch
 
 
 @dataclass(frozen=True)
@@ -67,38 +69,50 @@ class Recipe:
                 self._measure_discarded(piece, change, begin, stop, scratch)
 
     def _convert(self, piece: Piece, first: int, last: int, view: memoryview, scratch: Scratch) -> None:
-        kept = self.instruct.elements(piece.info, first, last, scratch.raw)
-        torch.frombuffer(view, dtype=TORCH_DTYPES[piece.dtype], count=last - first).copy_(kept)
+        values = self.instruct.values(piece.info, first, last, scratch.kept)
+        convert(values, np.frombuffer(view, DTYPES[piece.dtype]), scratch.out)
 
     def _graft(
         self, piece: Piece, delta: TensorChange, first: int, last: int, view: memoryview, scratch: Scratch
     ) -> None:
-        out = torch.frombuffer(view, dtype=TORCH_DTYPES[piece.dtype], count=last - first)
+        out = np.frombuffer(view, DTYPES[piece.dtype])
         change = delta.read(first, last, self.scale, scratch, careful=False)
-        total = delta.total(first, last, scratch.total) if self.scale == 1 else None
-        kept = self.instruct.elements(piece.info, first, last, scratch.raw)
-        sums = add(kept, change, out, scratch, total=total, measure=self.measure)
+        total = delta.total(first, last, scratch) if self.scale == 1 else None
+        kept = self.instruct.values(piece.info, first, last, scratch.kept)
+        sums = add(kept, change, out, scratch.out, total=total, measure=self.measure)
         if sums is None:
             change = delta.read(first, last, self.scale, scratch, careful=True)
-            kept = self.instruct.elements(piece.info, first, last, scratch.raw)
+            kept = self.instruct.elements(piece.info, first, last, scratch.kept.stored)
             with _named(piece):
                 sums = add_carefully(kept, change, out, total=total, measure=self.measure)
         self.tally.add(piece.info.name, sums)
 
     def _measure_discarded(self, piece: Piece, delta: TensorChange, first: int, last: int, scratch: Scratch) -> None:
-        with _named(piece):
-            squares = change_squares(delta.read(first, last, 1.0, scratch, careful=True))
+        _, squares = self._unscaled(piece, delta, first, last, scratch)
         self.tally.add_discarded(piece.info.name, squares)
 
     def _subtract(
         self, piece: Piece, delta: TensorChange, first: int, last: int, view: memoryview, scratch: Scratch
     ) -> None:
         """The delta itself."""
-        change = delta.read(first, last, 1.0, scratch, careful=True)
-        with _named(piece):
-            self.tally.add(piece.info.name, Sums(update=change_squares(change)))
-        out = torch.frombuffer(view, dtype=torch.float32, count=last - first)
-        torch.neg(change.decrement, out=out).add_(0.0)  # where nothing changed +0.0
+        decrement, squares = self._unscaled(piece, delta, first, last, scratch)
+        self.tally.add(piece.info.name, Sums(update=squares))
+        out = np.frombuffer(view, F32)
+        np.subtract(F32.type(0), decrement, out=out)  # where nothing changed +0.0
+
+    def _unscaled(
+        self, piece: Piece, delta: TensorChange, first: int, last: int, scratch: Scratch
+    ) -> tuple[Array, float]:
+        """The decrement at scale 1, and the sum of its squares."""
+        change = delta.read(first, last, 1.0, scratch, careful=False)
+        squares = change_squares(change)
+        if not math.isfinite(squares):
+            change = delta.read(first, last, 1.0, scratch, careful=True)
+            squares = change_squares(change)
+        if not math.isfinite(squares):
+            with _named(piece):
+                raise NotFinite
+        return change.decrement, squares
 
 
 def _chunks(first: int, last: int, grain: int) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,16 @@ from core.graft_plan import Selection
 from worker.weights.delta import FullDelta
 from worker.weights.figures import Tally
 from worker.weights.files import copy_file, draft_of, refuse_taken, write_json, write_manifest
-from worker.weights.graft import Options, Plan, describe_sources, describe_start, planned, refuse_inside, versions
+from worker.weights.graft import (
+    MADE_BY,
+    Options,
+    Plan,
+    describe_sources,
+    describe_start,
+    planned,
+    refuse_inside,
+    versions,
+)
 from worker.weights.layout import Shard, plan_difference
 from worker.weights.origin import Provenance
 from worker.weights.writing import OnProgress, write_shards
@@ -76,5 +85,5 @@ def _describe(plan: Plan, provenance: Provenance, out: Path) -> dict[str, Any]:
         **describe_start(plan),
         "dtype": "float32",
         "tensors": len(plan.bound.grafted),
-        "versions": versions("shadowft", "torch"),
+        "versions": versions(*MADE_BY),
     }

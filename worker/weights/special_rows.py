@@ -14,23 +14,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+import numpy as np
 
 from core.checkpoints import Checkpoint, TensorInfo, read_checkpoint, read_tensors
 from core.errors import InvalidInput
-from core.graft_plan import embedding, head, is_head, is_tied
-from worker.weights.tensors import TORCH_DTYPES, Buffer, Reader
+from core.graft_plan import embedding, head, is_tied
+from worker.weights.files import write_bytes
+from worker.weights.kernels import Array
+from worker.weights.tensors import DTYPES, F32, Buffer, Reader, make_header, widened
 
 START_ROWS_FILE = "start_rows.safetensors"
 
 Role = Literal["embedding", "head"]
 
 #: By tensor of the start checkpoint, then by the row's number: (C,) float32.
-StartRows = Mapping[str, Mapping[int, Tensor]]
+StartRows = Mapping[str, Mapping[int, Array]]
 
 #: A row is untrained below this share of the typical norm. Weight decay takes rows that no text uses to 1e-20 and less,
 #: and rarely used ones stay above a twentieth (the norm of a row as a sign: Land and Bartolo, arXiv 2405.05417).
@@ -58,26 +58,13 @@ def untrained_rows(folder: Path, token_ids: Sequence[int]) -> dict[str, list[int
 def rows_for_untrained(base: Path, instruct: Path, token_ids: Sequence[int]) -> StartRows:
     """Instruct's rows for those of `token_ids` that base has never trained and Instruct has. The two are of one
     lineage, and base knows the tokens."""
-    found: dict[str, dict[int, Tensor]] = {}
+    found: dict[str, dict[int, Array]] = {}
     with _tables(base) as ours, _tables(instruct) as theirs:
         for role, table in ours.items():
             lent = set(table.untrained(token_ids)).difference(theirs[role].untrained(token_ids))
-            rows = {row: theirs[role].row(row).float() for row in sorted(lent)}
+            rows = {row: widened(theirs[role].row(row)) for row in sorted(lent)}
             found |= dict.fromkeys(table.names, rows) if rows else {}
     return found
-
-
-def put_rows(model: Any, rows: StartRows) -> StartRows:
-    """Write the rows into a loaded model of transformers. Returns them as the model holds them in its own dtype."""
-    return {name: {row: _put(model, name, row, values) for row, values in some.items()} for name, some in rows.items()}
-
-
-def _put(model: Any, name: str, row: int, values: Tensor) -> Tensor:
-    table = model.get_output_embeddings() if is_head(name) else model.get_input_embeddings()
-    with torch.no_grad():
-        table.weight[row] = values.to(table.weight)
-        held: Tensor = table.weight[row].to("cpu", torch.float32, copy=True)
-    return held
 
 
 # --- kept beside what was tuned ---------------------------------------------------------------------------------------
@@ -85,9 +72,12 @@ def _put(model: Any, name: str, row: int, values: Tensor) -> Tensor:
 
 def save_start_rows(folder: Path, rows: StartRows) -> None:
     """Nothing is written where there are none."""
-    if rows:
-        flat = {f"{name}/{row}": values for name, some in rows.items() for row, values in some.items()}
-        save_file(flat, folder / START_ROWS_FILE)
+    if not rows:
+        return
+    flat = {f"{name}/{row}": values for name, some in rows.items() for row, values in some.items()}
+    infos = [TensorInfo(name, "F32", values.shape, START_ROWS_FILE, 0, values.nbytes) for name, values in flat.items()]
+    header = make_header([(info, info.dtype) for info in infos], {})
+    write_bytes(folder / START_ROWS_FILE, header + b"".join(values.astype(F32).tobytes() for values in flat.values()))
 
 
 def read_start_rows(folder: Path) -> StartRows:
@@ -96,7 +86,7 @@ def read_start_rows(folder: Path) -> StartRows:
         return {}
     reader = Reader(folder)
     try:
-        found: dict[str, dict[int, Tensor]] = defaultdict(dict)
+        found: dict[str, dict[int, Array]] = defaultdict(dict)
         for info in read_tensors(folder, START_ROWS_FILE).values():
             name, _, row = info.name.rpartition("/")
             if not name or not row.isdecimal() or not row.isascii() or info.dtype != "F32" or len(info.shape) != 1:
@@ -149,16 +139,16 @@ class _Table:
         least = NEAR_ZERO * self._typical_norm() if asked else 0.0
         return [token for token in asked if count[bits[token]] > 1 or self._norm(token) <= least]
 
-    def row(self, number: int) -> Tensor:
+    def row(self, number: int) -> Array:
         """(columns,) as stored."""
         columns = self.info.shape[1]
         return self.reader.elements(self.info, number * columns, (number + 1) * columns, Buffer())
 
     def _bits(self, number: int) -> bytes:
-        return self.row(number).view(torch.uint8).numpy().tobytes()
+        return self.row(number).tobytes()
 
     def _norm(self, number: int) -> float:
-        return float(self.row(number).double().norm())
+        return float(np.linalg.norm(widened(self.row(number)).astype(np.float64)))
 
     def _typical_norm(self) -> float:
         rows = self.info.shape[0]
@@ -173,7 +163,7 @@ def _tables(folder: Path) -> Iterator[dict[Role, _Table]]:
     reader = Reader(folder)
     tables = {role: _Table(reader, checkpoint.tensors[names[0]], names) for role, names in _roles(checkpoint)}
     try:
-        yield {role: table for role, table in tables.items() if table.info.dtype in TORCH_DTYPES}
+        yield {role: table for role, table in tables.items() if table.info.dtype in DTYPES}
     finally:
         reader.close()
 

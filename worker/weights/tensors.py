@@ -1,23 +1,33 @@
 """Elements of stored tensors, read by position into memory that is used over and over.
 
 Reading into reused buffers and not through a memory map keeps the process small, and allocating for every chunk would
-cost more than a third of the time (measured; see bench/graft.py).
+cost more than a third of the time (measured; see bench/graft.py). numpy has no bfloat16: its bits lie in uint16.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from core.checkpoints import TensorInfo
+from core.checkpoints import DTYPE_BYTES, TensorInfo
 from core.errors import InvalidInput, Unavailable
+from worker.weights import kernels
+from worker.weights.kernels import Array
 
-#: The dtypes that can be grafted; `core.graft_plan` refuses all others.
-TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+Dtype = np.dtype[Any]
+BF16: Dtype = np.dtype(np.uint16)
+F16: Dtype = np.dtype(np.float16)
+F32: Dtype = np.dtype(np.float32)
+#: The dtypes that can be grafted, as they are held here; `core.graft_plan` refuses all others.
+DTYPES = {"F32": F32, "F16": F16, "BF16": BF16}
+
+#: Of the length that a safetensors file begins with.
+LENGTH_BYTES = 8
 
 #: Elements worked on at once: large enough that calling costs little, small enough for the caches.
 CHUNK_ELEMENTS = 128 * 1024
@@ -33,16 +43,26 @@ class Reader:
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def elements(self, info: TensorInfo, first: int, last: int, buffer: Buffer) -> Tensor:
-        """Elements `first` to `last` of the flattened tensor, in the stored dtype, lying in `buffer`."""
-        dtype = TORCH_DTYPES[info.dtype]
+    def elements(self, info: TensorInfo, first: int, last: int, buffer: Buffer) -> Array:
+        """Elements `first` to `last` of the flattened tensor, as they are stored, lying in `buffer`."""
+        dtype = DTYPES[info.dtype]
         values, view = buffer.view(dtype, last - first)
         self.bytes_into(view, info.file, info.start + first * dtype.itemsize)
         return values
 
-    def tensor(self, info: TensorInfo) -> Tensor:
+    def values(self, info: TensorInfo, first: int, last: int, slot: Slot) -> Array:
+        """The same elements as the kernels take them, lying in `slot`: float16 becomes float32."""
+        found = self.elements(info, first, last, slot.stored)
+        if found.dtype != F16:
+            return found
+        wide = slot.wide.floats(last - first)
+        with np.errstate(invalid="ignore"):
+            np.copyto(wide, found)
+        return wide
+
+    def tensor(self, info: TensorInfo) -> Array:
         """The whole tensor as float32 in its own shape; for small ones."""
-        return self.elements(info, 0, info.elements, Buffer()).to(torch.float32).view(info.shape)
+        return widened(self.elements(info, 0, info.elements, Buffer())).reshape(info.shape)
 
     def bytes_into(self, view: memoryview, file: str, start: int) -> None:
         """Fill `view` with the file's bytes from `start`. InvalidInput: the file has been cut since it was planned."""
@@ -96,35 +116,75 @@ class Buffer:
     """Memory that grows to the largest request and is then used again, and so are the views of it."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._views: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = {}
+        self._memory = np.empty(0, np.uint8)
+        self._views: dict[tuple[Dtype, int], tuple[Array, memoryview]] = {}
 
-    def view(self, dtype: torch.dtype, count: int) -> tuple[Tensor, memoryview]:
+    def view(self, dtype: Dtype, count: int) -> tuple[Array, memoryview]:
         """(count,) of `dtype`, and its bytes; what they hold is left over from the last use."""
         found = self._views.get((dtype, count))
         return found if found is not None else self._new_view(dtype, count)
 
-    def floats(self, count: int) -> Tensor:
+    def floats(self, count: int) -> Array:
         """(count,) float32."""
-        return self.view(torch.float32, count)[0]
+        return self.view(F32, count)[0]
 
-    def _new_view(self, dtype: torch.dtype, count: int) -> tuple[Tensor, memoryview]:
+    def _new_view(self, dtype: Dtype, count: int) -> tuple[Array, memoryview]:
         size = count * dtype.itemsize
-        if self._memory.numel() < size:
-            self._memory = torch.empty(size, dtype=torch.uint8)
+        if len(self._memory) < size:
+            self._memory = np.empty(size, np.uint8)
             self._views.clear()
         if len(self._views) >= _VIEWS:
             self._views.clear()
         part = self._memory[:size]
-        self._views[dtype, count] = part.view(dtype), part.numpy().data
+        self._views[dtype, count] = part.view(dtype), part.data
         return self._views[dtype, count]
+
+
+class Slot:
+    """The place of one operand: as it was read, and in float32 where the kernels do not take that."""
+
+    def __init__(self) -> None:
+        self.stored, self.wide = Buffer(), Buffer()
 
 
 class Scratch:
     """What one thread computes in: small enough to stay in the processor's second-level cache."""
 
     def __init__(self) -> None:
-        #: Values as they were read, for the moment of their conversion.
-        self.raw, self.total = Buffer(), Buffer()
-        #: Values in float32.
-        self.kept32, self.change32, self.base32 = Buffer(), Buffer(), Buffer()
+        self.kept, self.base, self.tuned, self.total = Slot(), Slot(), Slot(), Slot()
+        #: The change in float32, and the output where it cannot be made in its place.
+        self.change, self.out = Buffer(), Buffer()
+
+
+def make_header(tensors: list[tuple[TensorInfo, str]], metadata: dict[str, str]) -> bytes:
+    """A safetensors header, padded to a multiple of 8 as the format asks
+    (https://huggingface.co/docs/safetensors/index#format)."""
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    position = 0
+    for info, dtype in tensors:
+        end = position + info.elements * DTYPE_BYTES[dtype]
+        entries[info.name] = {"dtype": dtype, "shape": list(info.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % LENGTH_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def widened(values: Array) -> Array:
+    """Stored values in float32, which holds each of them; new memory, unless they are float32 already."""
+    if values.dtype == BF16:
+        wide = np.empty(len(values), F32)
+        kernels.store(values, wide)
+        return wide
+    with np.errstate(invalid="ignore"):
+        return values.astype(F32, copy=False)
+
+
+def rounded(values: Array, dtype: Dtype) -> Array:
+    """(n,) float32 values as they are stored in `dtype`."""
+    if dtype == BF16:
+        stored = np.empty(len(values), BF16)
+        kernels.store(values, stored)
+        return stored
+    with np.errstate(over="ignore", invalid="ignore"):
+        return values.astype(dtype, copy=False)

@@ -70,8 +70,7 @@ def verify(
 
     `sources` says by role where the sources lie; what it does not name is looked for where `shadow.json` says. Where
     neither says anything, as for every published model, the files alone are checked, and `unmade` says so; with
-    `everything` that is an error. On a processor of another kind a product of LoRA factors may differ in its last
-    place; that too is a problem then.
+    `everything` that is an error. What is made again is the same to the bit on every processor.
 
     A graft without hashes in its manifest is made again whole.
 

@@ -222,6 +222,7 @@ def test_others_may_read_what_was_made(lora, full):
         assert path.stat().st_mode & 0o777 == 0o644
 
 
+@pytest.mark.slow
 def test_the_program_repeats_the_run_byte_for_byte_and_speaks_only_lines(as_program, lora):
     workspace, lines = as_program
     name = "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""Grafts in real processes, which may be killed. They are forked from a server that has torch loaded already."""
+"""Grafts in real processes, which may be killed. They are forked from a server that has the library loaded."""
 
 from __future__ import annotations
 

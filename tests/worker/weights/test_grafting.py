@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 import torch
 
@@ -137,7 +138,7 @@ def test_shadow_json_tells_the_origin_and_no_path(pair):
     assert told == {"instruct": ("o/instruct", "c1"), "base": ("o/base", "c2"), "tuned": ("tuned", None)}
     assert shadow["pair"] == "tiny"
     assert (shadow["options"]["scale"], shadow["options"]["scope"]) == (0.5, "linear")
-    assert shadow["versions"]["torch"] == torch.__version__
+    assert shadow["versions"]["numba"] == numba.__version__
 
 
 def test_shadow_json_knows_every_file_that_was_read(pair):
@@ -189,12 +190,6 @@ def test_progress_rises_to_all_of_the_bytes(pair):
     assert done == sorted(done)
     assert len({total for _, total in seen}) == 1
     assert seen[-1][0] == seen[-1][1] >= sum(len(file.read_bytes()) for file in (pair / "out").glob("*.safetensors"))
-
-
-def test_the_number_of_threads_of_torch_is_put_back(pair):
-    before = torch.get_num_threads()
-    run(pair)
-    assert torch.get_num_threads() == before
 
 
 # --- refusals and failures --------------------------------------------------------------------------------------------
