@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from api.lanes import LaneBoard
+from api.paces import PaceBoard
 from api.prepared import PreparedJob
 from core.config import Settings
 from core.db import Database
@@ -49,6 +50,10 @@ class Service:
     def lanes(self) -> LaneBoard:
         return LaneBoard(stale_worker_seconds=self.settings.lease_seconds)
 
+    @cached_property
+    def paces(self) -> PaceBoard:
+        return PaceBoard()
+
 
 # These are `async` although they wait for nothing: a plain function would cost each request a hop to a thread.
 async def _service(request: Request) -> Service:
@@ -72,7 +77,7 @@ ServiceDep = Annotated[Service, Depends(_service)]
 CallerDep = Annotated[Caller, Depends(_caller)]
 AdminDep = Annotated[Caller, Depends(_admin)]
 
-After = Annotated[str | None, Query(description="The id of the last item of the page before.")]
+After = Annotated[str | None, Query(min_length=1, description="The id of the last item of the page before.")]
 
 
 class StrictModel(BaseModel):

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import error_response
 from core.errors import InvalidInput, ShadowError, TooLarge, Unavailable
+from core.logs import AccessLog
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -35,9 +36,10 @@ class RequestFrame:
     began.
     """
 
-    def __init__(self, app: ASGIApp, observe: Callable[[Scope, int, float], None]) -> None:
+    def __init__(self, app: ASGIApp, observe: Callable[[Scope, int, float], None], access_log: AccessLog) -> None:
         self._app = app
         self._observe = observe
+        self._access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,14 +68,9 @@ class RequestFrame:
                 await error_response(_in_words(error, request_id))(scope, receive, send_framed)
         finally:
             self._observe(scope, status, waited if status else time.perf_counter() - started)
-            log.info(
-                "request",
-                method=scope["method"],
-                path=scope["path"],
-                status=status,
-                ms=round((time.perf_counter() - started) * 1000, 1),
-                retry=headers.get("x-stainless-retry-count"),
-            )
+            ms = round((time.perf_counter() - started) * 1000, 1)
+            retry = headers.get("x-stainless-retry-count")
+            self._access_log(request_id, scope["method"], scope["path"], status, ms, retry)
             structlog.contextvars.unbind_contextvars("request_id")
 
 

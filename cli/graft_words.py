@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cli.printing import counted, size
+
 if TYPE_CHECKING:
     from worker.weights import DeltaResult, GraftResult, Verification
 
@@ -26,13 +28,13 @@ def of_plan(found: dict[str, Any]) -> Rows:
     if found["discarded"]:
         rows.append(("left out", f"{found['discarded']} of the copied ones, which tuning may have changed too"))
     rows += [("rows", f"the first {count} of {name}") for name, count in found["common_rows"].items()]
-    rows.append(("weights", f"{_size(found['bytes'])} in {_counted(found['files'], 'file')}"))
+    rows.append(("weights", f"{size(found['bytes'])} in {counted(found['files'], 'file')}"))
     return [*rows, *_remarks(found["remarks"])]
 
 
 def of_verification(found: Verification) -> Rows:
     remade = f"{found.tensors} of {found.tensors_in_all} made again" if found.tensors_in_all else "none made again"
-    return [("files", f"{found.files}, {_size(found.bytes)}"), ("tensors", remade)]
+    return [("files", f"{found.files}, {size(found.bytes)}"), ("tensors", remade)]
 
 
 def _figures(result: GraftResult) -> Rows:
@@ -50,20 +52,8 @@ def _figures(result: GraftResult) -> Rows:
 
 
 def _written(result: GraftResult | DeltaResult) -> tuple[str, str]:
-    return "written", f"{_size(result.bytes)} in {result.seconds:.1f} s"
+    return "written", f"{size(result.bytes)} in {result.seconds:.1f} s"
 
 
 def _remarks(remarks: list[str] | tuple[str, ...]) -> Rows:
     return [("remark", remark) for remark in remarks]
-
-
-def _counted(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"

@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from cli.files import files
 from cli.graft import graft
 from cli.http import sentence
+from cli.jobs import jobs
 from cli.keys import keys, teams
 from cli.pairs import pairs
 from core.errors import ShadowError
@@ -19,6 +21,8 @@ app.command()(graft)
 app.add_typer(keys, name="keys")
 app.add_typer(teams, name="teams")
 app.add_typer(pairs, name="pairs")
+app.add_typer(files, name="files")
+app.add_typer(jobs, name="jobs")
 
 
 @app.command()

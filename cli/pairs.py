@@ -5,26 +5,23 @@ Rich is imported by the commands that draw with it.
 
 from __future__ import annotations
 
-import json
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from cli.http import DEFAULT_URL, ApiKey, Format, Server, Url, connect, sentence
+from cli.http import DEFAULT_URL, ApiKey, Format, Server, Url, connect, segment, sentence
+from cli.printing import coloured, draw, facts, findings, plain, print_json, table
+from cli.progress import counter, spinner
 from core.errors import ShadowError
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
 pairs = typer.Typer(no_args_is_help=True, help="List, show, register and check pairs of models.")
 
@@ -38,7 +35,6 @@ POLL_SECONDS = 0.5
 CHECKS_AT_ONCE = 4
 
 Outcome = Literal["ok", "warn", "refuse", "unchecked"]
-_COLOURS = {"ok": "green", "warn": "yellow", "refuse": "red", "unchecked": "magenta", "note": "dim"}
 
 Base = Annotated[str | None, typer.Option(help="Hub repository, or a folder under the server's model roots.")]
 Instruct = Annotated[str | None, typer.Option(help="Hub repository, or a folder under the server's model roots.")]
@@ -57,11 +53,9 @@ def list_pairs(
     with connect(url, api_key) as server:
         found = list(server.every("/pairs", search=search))
     if output == "json":
-        _print_json(found)
+        print_json(found)
         return
-    from rich.console import Console
-
-    Console().print(_pairs_table(found))
+    draw(_pairs_table(found))
     typer.echo(f"{len(found)} pairs. `shadowft pairs show NAME` tells what is known about one.")
 
 
@@ -69,16 +63,13 @@ def list_pairs(
 def show(name: str, output: Format = "table", url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Show one pair, by its name or id, and what to be careful about."""
     with connect(url, api_key) as server:
-        pair = server.get(f"/pairs/{_segment(name)}")
+        pair = server.get(f"/pairs/{segment(name)}")
     if output == "json":
-        _print_json(pair)
+        print_json(pair)
         return
-    from rich.console import Console
-
-    console = Console()
-    console.print(_facts_table(pair))
+    draw(_facts_table(pair))
     if pair["cautions"]:
-        console.print(_cautions_table(pair["cautions"]))
+        draw(_cautions_table(pair["cautions"]))
 
 
 @pairs.command("add")
@@ -101,7 +92,7 @@ def add(
 def remove(name: str, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Forget a registered pair, by its name or id (with an admin's key). Jobs that use it go on."""
     with connect(url, api_key) as server:
-        removed = server.delete(f"/pairs/{_segment(name)}")
+        removed = server.delete(f"/pairs/{segment(name)}")
     typer.echo(f"{removed['id']} is removed.")
 
 
@@ -158,11 +149,11 @@ class Result:
 
 def _check_one(server: Server, body: dict[str, Any], timeout: float, output: str) -> int:
     name = body.get("pair") or f"{body['base']} -> {body['instruct']}"
-    with _spinner(f"Checking {name}"):
+    with spinner(f"Checking {name}"):
         found = _followed(server, body, timeout, threading.Event())
     result = _judged(name, found)
     if output == "json":
-        _print_json(found)
+        print_json(found)
     else:
         _print_result(result)
     return _status_of([result])
@@ -176,7 +167,7 @@ def _check_all(server: Server, depth: str, timeout: float, output: str) -> int:
         if output == "table" and (result.outcome != "ok"):
             _print_result(result)
     if output == "json":
-        _print_json([result.as_dict() for result in results])
+        print_json([result.as_dict() for result in results])
     else:
         counts = Counter(result.outcome for result in results)
         typer.echo(
@@ -196,7 +187,7 @@ def _checked(server: Server, names: list[str], depth: str, timeout: float) -> It
         except ShadowError as error:
             return Result(name, "unchecked", None, sentence(error))
 
-    with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool, _progress(len(names)) as advance:
+    with ThreadPoolExecutor(CHECKS_AT_ONCE) as pool, counter("Checking", len(names)) as advance:
         try:
             for result in pool.map(one, names):
                 advance(result.name)
@@ -248,26 +239,11 @@ def _models(
     return {field: value for field, value in given.items() if value is not None}
 
 
-def _segment(name: str) -> str:
-    """As one part of a path, whatever it holds."""
-    from urllib.parse import quote
-
-    return quote(name, safe="")
-
-
 # --- printing ---------------------------------------------------------------------------------------------------------
 
 
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 def _pairs_table(found: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    table = Table()
-    for column in ("name", "base", "instruct", "licence", "gated", "ids"):
-        table.add_column(column, overflow="fold")
+    drawn = table("name", "base", "instruct", "licence", "gated", "ids")
     for pair in found:
         licence, ids = pair["licence"], pair["ids"]
         cells = (
@@ -276,8 +252,8 @@ def _pairs_table(found: list[dict[str, Any]]) -> Table:
             "yes" if pair["gated"] else "",
             ids["source"] if ids else pair["origin"],
         )
-        table.add_row(*map(_plain, cells))
-    return table
+        drawn.add_row(*map(plain, cells))
+    return drawn
 
 
 def _model(pair: dict[str, Any], role: str) -> str:
@@ -286,24 +262,19 @@ def _model(pair: dict[str, Any], role: str) -> str:
 
 
 def _facts_table(pair: dict[str, Any]) -> Table:
-    facts = {label: pair[label] for label in ("name", "id", "origin", "family") if pair[label]}
-    facts |= {role: _model(pair, role) for role in ("base", "instruct")}
+    known = {label: pair[label] for label in ("name", "id", "origin", "family")}
+    known |= {role: _model(pair, role) for role in ("base", "instruct")}
     for label in ("ids", "licence", "gated"):
         if claim := pair[label]:
-            facts[label] = f"{claim['text']} ({_origin(claim)})"
-    table = _grid()
-    for label, fact in facts.items():
-        table.add_row(label, _plain(fact))
-    return table
+            known[label] = f"{claim['text']} ({_origin(claim)})"
+    return facts(known)
 
 
 def _cautions_table(cautions: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    table = Table("caution", "what to know", "from")
+    drawn = table("caution", "what to know", "from")
     for caution in cautions:
-        table.add_row(*map(_plain, (caution["kind"], caution["text"], _origin(caution))))
-    return table
+        drawn.add_row(*map(plain, (caution["kind"], caution["text"], _origin(caution))))
+    return drawn
 
 
 def _origin(claim: dict[str, Any]) -> str:
@@ -311,25 +282,13 @@ def _origin(claim: dict[str, Any]) -> str:
 
 
 def _print_result(result: Result) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    console.print(_plain(result.name), _coloured(result.outcome))
+    draw(plain(result.name), coloured(result.outcome))
     if result.error:
-        console.print(_plain(f"  {result.error}"))
-    if result.check:
-        _print_findings(console, result.check)
-
-
-def _print_findings(console: Console, found: dict[str, Any]) -> None:
-    table = _grid()
-    for finding in found["findings"]:
-        words = f"{finding['message']} {finding['remedy']}".strip()
-        table.add_row("", _coloured(finding["level"]), _plain(finding["code"]), _plain(words))
-    if found["findings"]:
-        console.print(table)
-    if similarity := found["similarity"]:
-        console.print(_plain(_sigma(similarity)))
+        draw(plain(f"  {result.error}"))
+    if result.check and result.check["findings"]:
+        draw(findings(result.check["findings"]))
+    if result.check and (similarity := result.check["similarity"]):
+        draw(plain(_sigma(similarity)))
 
 
 def _sigma(similarity: dict[str, Any]) -> str:
@@ -337,48 +296,3 @@ def _sigma(similarity: dict[str, Any]) -> str:
         f"  sigma {similarity['sigma_mean']:.4f} (mean of the tensors), {similarity['sigma_ratio']:.4f} (of all); "
         f"the farthest tensor is {similarity['worst_tensor']} with {similarity['worst_sigma']:.4f}"
     )
-
-
-def _plain(words: str) -> Text:
-    """Not to be taken for markup: a folder may be called `[red]`."""
-    from rich.text import Text
-
-    return Text(words)
-
-
-def _coloured(word: str) -> Text:
-    from rich.text import Text
-
-    return Text(word, style=_COLOURS[word])
-
-
-def _grid() -> Table:
-    from rich.table import Table
-
-    return Table.grid(padding=(0, 2))
-
-
-@contextmanager
-def _spinner(what: str) -> Iterator[None]:
-    """On stderr, for whoever watches: on a terminal, and nowhere else."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what):
-        yield
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar that counts pairs, where `_spinner` would spin; it is told each one's name."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("Checking", total=total)
-        yield lambda name: progress.update(task, advance=1, description=name)

@@ -1,4 +1,4 @@
-"""Rich's progress bar on stderr, for whoever watches: on a terminal, and nowhere else."""
+"""Rich's progress bars on stderr, for whoever watches: on a terminal, and nowhere else."""
 
 from __future__ import annotations
 
@@ -42,3 +42,28 @@ def progress_bar(what: str, *, then: str = "") -> Iterator[OnProgress | None]:
             progress.update(task, completed=done, total=total)
 
         yield tell
+
+
+@contextmanager
+def spinner(what: str) -> Iterator[None]:
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+@contextmanager
+def counter(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar that counts things; it is told each one's name."""
+    if not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda name: progress.update(task, advance=1, description=name)

@@ -14,7 +14,7 @@ Training and evaluating also grow with the model, so there a unit is one of thos
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from statistics import median
@@ -103,16 +103,16 @@ def _scaled(one: PhaseTime, kind: Kind, work: float) -> float:
 # --- a job that runs --------------------------------------------------------------------------------------------------
 
 
-def expected_finish(session: Session, job: Job) -> datetime | None:
+def expected_finish(job: Job, times_of: Callable[[Job], Mapping[str, float]]) -> datetime | None:
     """When a running job will probably have succeeded: the rest of its phase at its own pace, then the phases after it
-    as long as the pair's earlier jobs took for them. None while one of the two is not known."""
+    as long as the pair's earlier jobs took for them (`usual_seconds`). None while one of the two is not known."""
     if job.status != "running" or job.spec is None or job.phase_started_at is None:
         return None
     order = _phases(job.spec)
     if job.phase not in order:  # preparing: its training has not shown its pace yet; or it is being cancelled
         return None
     after = order[order.index(job.phase) + 1 :]
-    times = _times_of_pair(session, job)
+    times = times_of(job)
     elapsed = (datetime.now(UTC) - job.phase_started_at).total_seconds()
     rest = _rest_of_phase(job, elapsed, times)
     if rest is None or any(phase not in times for phase in after):
@@ -134,7 +134,7 @@ def _rest_of_phase(job: Job, elapsed: float, times: Mapping[str, float]) -> floa
     return None if usual is None else max(usual - elapsed, 0.0)
 
 
-def _times_of_pair(session: Session, job: Job) -> dict[str, float]:
+def usual_seconds(session: Session, job: Job) -> dict[str, float]:
     """Phase -> its usual seconds in earlier jobs of the same pair and tuning on the same kind of device."""
     device = session.scalar(select(Worker.device).where(Worker.id == job.worker_id))
     rows = session.execute(

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
 
+import msgspec
 import structlog
 from structlog.typing import Processor
 
 from core.config import Settings
+
+#: What a console's line shows without quotes; a client's path may hold anything.
+_PLAIN = re.compile(r"[!#-&(-<>-~]+")
+
+#: Told of a request: its id, method, path, status, milliseconds, and how often its client had tried before.
+AccessLog = Callable[[str, str, str, int, float, str | None], None]
 
 
 def configure_logging(settings: Settings) -> None:
@@ -35,6 +45,35 @@ def configure_logging(settings: Settings) -> None:
     root.setLevel(settings.log_level.upper())
     for name in ("httpx", "httpx2", "kombu", "amqp", "alembic", "celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def access_log(settings: Settings) -> AccessLog:
+    """A line for each request, which looks like structlog's of the logger `api` with the level `info`. It is put
+    together here, since structlog and logging take as long for a line as a poll takes for everything else."""
+    if settings.log_level not in {"debug", "info"}:
+        return lambda *_: None
+    return _print_for_console if settings.log_format == "console" else _print_as_json
+
+
+def _print_for_console(request_id: str, method: str, path: str, status: int, ms: float, retry: str | None) -> None:
+    sys.stderr.write(
+        f"{_now()} [info     ] request                        [api] method={_shown(method)} ms={ms} "
+        f"path={_shown(path)} request_id={request_id} retry={_shown(retry)} status={status}\n"
+    )
+
+
+def _print_as_json(request_id: str, method: str, path: str, status: int, ms: float, retry: str | None) -> None:
+    fields = {"method": method, "path": path, "status": status, "ms": ms, "retry": retry, "event": "request"}
+    bound = {"request_id": request_id, "level": "info", "logger": "api", "timestamp": _now()}
+    sys.stderr.write(msgspec.json.encode(fields | bound).decode() + "\n")
+
+
+def _now() -> str:
+    return f"{datetime.now(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
+
+
+def _shown(value: str | None) -> str:
+    return value if value is not None and _PLAIN.fullmatch(value) else repr(value)
 
 
 def _renderers(settings: Settings) -> list[Processor]:

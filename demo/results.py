@@ -8,16 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cli.comparison import place, title
 from demo.client import Client
 
 BAR_WIDTH = 10
-GRAFTED = "grafted@"
-
-TITLES = {
-    "instruct": "untouched instruct",
-    "base_tuned": "tuned base",
-    "direct": "directly tuned instruct",
-}
 
 
 def show_comparison(console: Console, shadow: dict[str, Any], direct: dict[str, Any]) -> None:
@@ -39,17 +33,10 @@ def _set_table(name: str, shadow: dict[str, Any], direct: dict[str, Any]) -> Tab
         table.add_column("exact match")
         table.add_column("content match")
     results = {**shadow["results"], "direct": direct["results"]["direct"]}
-    for variant in sorted(results, key=_place):
+    for variant in sorted(results, key=place):
         result = results[variant]
-        table.add_row(_title(variant), f"{result['loss']:.3f}", *_matches(result))
+        table.add_row(title(variant), f"{result['loss']:.3f}", *_matches(result))
     return table
-
-
-def _place(variant: str) -> tuple[int, float]:
-    """Untouched, tuned base, the grafts by scale, direct."""
-    if variant.startswith(GRAFTED):
-        return 2, float(variant.removeprefix(GRAFTED))
-    return {"instruct": 0, "base_tuned": 1, "direct": 3}[variant], 0.0
 
 
 def _matches(result: dict[str, Any]) -> list[str]:
@@ -60,12 +47,6 @@ def _matches(result: dict[str, Any]) -> list[str]:
 def _bar(share: float) -> str:
     filled = round(share * BAR_WIDTH)
     return "█" * filled + "░" * (BAR_WIDTH - filled)
-
-
-def _title(variant: str) -> str:
-    if variant.startswith(GRAFTED):
-        return f"grafted instruct x {variant.removeprefix(GRAFTED)}"
-    return TITLES[variant]
 
 
 def show_answers(console: Console, question: str, before: str, after: str) -> None:

@@ -25,9 +25,20 @@ from pydantic import SecretStr  # noqa: E402
 from core.config import Settings  # noqa: E402
 from core.db import Database, open_database  # noqa: E402
 from core.schema import migrate  # noqa: E402
+from tests.console import shadowft  # noqa: E402
 from tests.servers import Api, Postgres, Running, run_api, run_postgres, run_redis, run_service  # noqa: E402
 
+__all__ = ["shadowft"]
+
 BACKENDS = ("sqlite", "postgresql")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests have to say beside that they passed: their property `summary`."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    said = [value for report in reports for name, value in report.user_properties if name == "summary"]
+    for line in said:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

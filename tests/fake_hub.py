@@ -306,9 +306,7 @@ class Server(ThreadingHTTPServer):
 
 @contextmanager
 def _listen(hub: Hub, name: str, port: int) -> Iterator[str]:
-    server = Server(
-        ("127.0.0.1", port), type("HandlerHere", (Handler,), {"hub": hub, "server_name": name})
-    )
+    server = Server(("127.0.0.1", port), type("HandlerHere", (Handler,), {"hub": hub, "server_name": name}))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

@@ -24,7 +24,6 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {
             "text/event-stream": {
-                "schema": {"type": "string"},
                 "example": 'id: ftevent-01k9\ndata: {"object": "fine_tuning.job.event", "message": "…"}\n\n',
             }
         }

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from sqlalchemy import ColumnElement, exists, func, select
 from sqlalchemy.orm import Session
 
@@ -271,6 +271,41 @@ class JobError(BaseModel):
     fault: Literal["user", "memory", "infrastructure"] = Field("user", description="Whose fault it is.")
 
 
+_HYPERPARAMETERS: dict[str, JsonValue] = {"n_epochs": 1, "batch_size": 32, "learning_rate_multiplier": 1.0}
+
+_EXAMPLE: dict[str, JsonValue] = {
+    "id": "ftjob-01kqp3v9w8d6m4t2s0x7z5y1ab",
+    "object": "fine_tuning.job",
+    "kind": "fine_tune",
+    "created_at": 1_790_000_000,
+    "finished_at": None,
+    "model": "qwen3-0.6b",
+    "fine_tuned_model": None,
+    "organization_id": "team-01kqp3v9w8d6m4t2s0x7z5y1aa",
+    "status": "running",
+    "phase": "training",
+    "training_file": "file-01kqp3v9w8d6m4t2s0x7z5y1ac",
+    "validation_file": None,
+    "result_files": [],
+    "hyperparameters": _HYPERPARAMETERS,
+    "method": {"type": "supervised", "supervised": {"hyperparameters": _HYPERPARAMETERS}},
+    "seed": 1_234_567,
+    "trained_tokens": None,
+    "error": None,
+    "estimated_finish": 1_790_001_800,
+    "integrations": [],
+    "metadata": {"experiment": "a"},
+    "user_provided_suffix": "support",
+    "pair": "qwen3-0.6b",
+    "shadow": {"strategy": "shadow", "tuning": {"type": "lora", "rank": 128}, "graft": {"scale": 1.0}},
+    "pair_check": {"verdict": "ok", "findings": [], "similarity": {"sigma_mean": 0.02}},
+    "graft_result": None,
+    "progress": {"step": 120, "total_steps": 500, "loss": 1.31, "eta_seconds": 1500.0},
+    "waiting_for": None,
+    "attempt": 1,
+}
+
+
 class JobObject(BaseModel):
     """A job. Fields beside OpenAI's: `kind`, `phase`, `progress`, `pair`, `shadow`, `pair_check`, `graft_result`,
     `waiting_for`, `attempt`.
@@ -278,7 +313,7 @@ class JobObject(BaseModel):
     A job of the kind `graft` can be asked for here as well; `GET /v1/grafts/{id}` shows it in its own words.
     """
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra={"examples": [_EXAMPLE]})
 
     id: str = Field(description="`ftjob-…`")
     object: Literal["fine_tuning.job"] = Field("fine_tuning.job", description="Always `fine_tuning.job`.")
@@ -516,7 +551,7 @@ def _render(session: Session, job: Job, service: Service) -> dict[str, Any]:
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         "seed": job.seed,
         "trained_tokens": job.trained_tokens,
-        "estimated_finish": timestamp(expected_finish(session, job)),
+        "estimated_finish": timestamp(expected_finish(job, service.paces.reader(session))),
         "integrations": [],
         "shadow": _shown_shadow(job),
         "pair_check": job.pair_check,

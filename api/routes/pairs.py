@@ -19,11 +19,22 @@ router = APIRouter(prefix="/pairs", tags=["Pairs"], route_class=StrictRoute)
 class PairRequest(StrictModel):
     """Hub repositories (`owner/name`), or absolute folders of the server under its model roots."""
 
-    name: str = Field(min_length=1, max_length=64, examples=["acme-7b"])
-    base: str = Field(min_length=1, max_length=1024, examples=["acme/acme-7b-base"])
-    instruct: str = Field(min_length=1, max_length=1024, examples=["acme/acme-7b-instruct"])
-    base_revision: str | None = Field(None, min_length=1, max_length=100)
-    instruct_revision: str | None = Field(None, min_length=1, max_length=100)
+    name: str = Field(min_length=1, max_length=64, description="What jobs call it.", examples=["acme-7b"])
+    base: str = Field(
+        min_length=1, max_length=1024, description="The model that is tuned.", examples=["acme/acme-7b-base"]
+    )
+    instruct: str = Field(
+        min_length=1,
+        max_length=1024,
+        description="The model onto which the change is grafted.",
+        examples=["acme/acme-7b-instruct"],
+    )
+    base_revision: str | None = Field(
+        None, min_length=1, max_length=100, description="A branch, tag or commit of the Hub. Null: its default branch."
+    )
+    instruct_revision: str | None = Field(
+        None, min_length=1, max_length=100, description="A branch, tag or commit of the Hub. Null: its default branch."
+    )
 
 
 class ClaimObject(BaseModel):

@@ -59,6 +59,8 @@ class UploadRequest(StrictModel):
 
 
 class CompleteRequest(StrictModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"part_ids": ["part_01kqp3v9", "part_01kqp3wa"]}]})
+
     part_ids: list[str] = Field(min_length=1, description="Every part of the file, in the file's order.")
     md5: str | None = Field(
         None, pattern=r"^[0-9a-fA-F]{32}$", description="Of the whole file, in hexadecimal; compared where it is given."

@@ -206,3 +206,12 @@ def test_a_checkpoint_of_another_step_is_no_source(client, trained):
     model = client.http.get(f"/fine_tuning/jobs/{job_id}").json()["fine_tuned_model"]
     answer = client.http.post("/grafts", json={"target": MODEL, "source": f"{model}:ckpt-step-4"})
     told(answer, 404, "source_not_found", "source")
+
+
+def test_every_route_and_every_parameter_is_described(api):
+    for path, methods in api.http.get("/openapi.json").json()["paths"].items():
+        for method, operation in methods.items():
+            assert operation["summary"], (method, path)
+            assert len(operation["description"]) > 10, (method, path)
+            silent = [one["name"] for one in operation.get("parameters", []) if not one.get("description")]
+            assert silent == [], (method, path)

@@ -73,7 +73,7 @@ def test_a_mistake_is_a_sentence_and_a_status(run, arguments, said):
 def test_the_script_tells_its_version_and_its_commands(run):
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("version").stdout)
     done = run("--help")
-    for command in ("serve", "api", "worker", "migrate", "keys", "teams", "version"):
+    for command in ("serve", "api", "worker", "migrate", "keys", "teams", "pairs", "files", "jobs", "version"):
         assert command in done.stdout
     assert run("nonsense").returncode == 2
 
@@ -93,3 +93,23 @@ def test_a_containers_health_is_whether_a_worker_of_this_host_lives(run, databas
         session.add(Worker(id="worker-1", host=socket.gethostname(), **shared))
         session.commit()
     assert run("worker-health").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["jobs", "create", "--help"], ["files", "check", "rows.jsonl"]], ids=str
+)
+def test_a_command_imports_only_what_it_needs(arguments, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    program = f"""
+import atexit, sys
+from cli.main import main
+heavy = {{"httpx", "sqlalchemy", "fastapi", "uvicorn", "celery", "alembic", "torch", "huggingface_hub"}}
+atexit.register(lambda: print(sorted(sys.modules.keys() & heavy), file=sys.stderr))
+sys.argv = ["shadowft", *{arguments!r}]
+main()
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "[]\n"

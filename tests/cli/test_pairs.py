@@ -6,15 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import NamedTuple
 
 import pytest
 import torch
 
-from cli.main import main
 from tests import fake_hub
 from tests.servers import free_port
 from tests.worker.steps.tiny import make_expert_model, make_model, save_model
@@ -23,25 +22,9 @@ ROOT = Path(__file__).parents[2]
 ON_SQLITE = pytest.mark.parametrize("api", ["sqlite"], indirect=True)
 
 
-class Done(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def shadowft(monkeypatch, capsys):
-    """`shadowft pairs …` as the console script runs it, without a process of its own."""
-    monkeypatch.setenv("COLUMNS", "240")
-
-    def run(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["shadowft", "pairs", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert isinstance(ended.value.code, int)
-        return Done(ended.value.code, *capsys.readouterr())
-
-    return run
+def shadowft(shadowft):
+    return partial(shadowft, "pairs")
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 
-from core.history import WIDENING, Kind, Range, expected_finish, time_ranges
+from core.history import WIDENING, Kind, Range, expected_finish, time_ranges, usual_seconds
 from core.models import Job, PhaseTime, Worker
 from tests.core.test_jobs import make_job, make_team
 
@@ -65,7 +66,7 @@ def test_a_model_of_about_the_size_is_asked_where_the_pair_has_no_job_of_its_own
 
 def finish_of(database, job_id):
     with database.reading() as session:
-        return expected_finish(session, session.get_one(Job, job_id))
+        return expected_finish(session.get_one(Job, job_id), partial(usual_seconds, session))
 
 
 def running(database, **values):
