@@ -29,6 +29,17 @@ from typing import Any, ClassVar, Literal
 Fault = Literal["user", "memory", "infrastructure"]
 
 
+#: Longer texts are made of strangers' values, and nobody reads them.
+_MAX_TEXT = 4000
+
+
+def told(text: str) -> str:
+    """A text that may hold names and values from strangers' files, as an answer and a row can hold it: no lone
+    surrogate, no U+0000, and not endless."""
+    clean = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    return clean if len(clean) <= _MAX_TEXT else f"{clean[:_MAX_TEXT]}…"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cause:
     """Why a job failed, in words for its owner."""
@@ -44,6 +55,9 @@ class Cause:
     #: The request field at fault, when one is.
     param: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", told(self.message))
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -58,8 +72,8 @@ class ShadowError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, code: str | None = None, param: str | None = None, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
+        super().__init__(told(message))
+        self.message = told(message)
         self.code = code or self.default_code
         self.param = param
         self.hint = hint
@@ -94,7 +108,7 @@ class PairRefused(InvalidInput):
 
     def __init__(self, reasons: list[str], *, param: str | None = "model") -> None:
         super().__init__("These two models cannot be grafted: " + "; ".join(reasons), param=param)
-        self.reasons = reasons
+        self.reasons = [told(reason) for reason in reasons]
 
 
 class AuthenticationFailed(ShadowError):

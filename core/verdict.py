@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.checkpoints import Checkpoint, read_checkpoint, read_hub_checkpoint, read_hub_side_file, read_side_file
-from core.errors import InvalidInput
+from core.errors import InvalidInput, told
 from core.graft_plan import Reason, Selection, judge
 from core.job_spec import ModelSource
 
@@ -55,6 +55,9 @@ class Finding:
     message: str
     #: What to do about it; empty where there is nothing to do.
     remedy: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", told(self.message))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -78,6 +78,18 @@ def admit_waiting(context: Context) -> int:
 def _admit(context: Context, job_id: str) -> bool:
     structlog.contextvars.bind_contextvars(job_id=job_id)
     try:
+        return _decide(context, job_id)
+    except OperationalError:  # the database is away: the sweep asks again
+        raise
+    except Exception:  # a job that nobody foresaw must not hold up those behind it
+        log.exception("admission_crashed")
+        return _turn_down(context, job_id, _our_fault())
+    finally:
+        structlog.contextvars.unbind_contextvars("job_id")
+
+
+def _decide(context: Context, job_id: str) -> bool:
+    try:
         with context.database.reading() as session:
             job = session.get_one(Job, job_id)
             team = session.get_one(Team, job.team_id)
@@ -89,13 +101,6 @@ def _admit(context: Context, job_id: str) -> bool:
         return _turn_down(context, job_id, error.cause, pair_check=error.pair_check)
     except ShadowError as error:
         return _turn_down(context, job_id, error.cause)
-    except OperationalError:  # the database is away: the sweep asks again
-        raise
-    except Exception:  # a job that nobody foresaw must not hold up those behind it
-        log.exception("admission_crashed")
-        return _turn_down(context, job_id, _our_fault())
-    finally:
-        structlog.contextvars.unbind_contextvars("job_id")
 
 
 def _turn_down(context: Context, job_id: str, cause: Cause, *, pair_check: dict[str, Any] | None = None) -> bool:

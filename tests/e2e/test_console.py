@@ -25,6 +25,7 @@ def console(shadowft, monkeypatch, embedded, tmp_path):
     return shadowft
 
 
+@pytest.mark.slow
 def test_a_job_is_estimated_created_watched_and_downloaded(console, embedded, tiny: Tiny):
     uploaded = console("files", "upload", tiny.rows, "--wait")
     assert uploaded.status == 0, uploaded.err

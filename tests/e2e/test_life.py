@@ -94,6 +94,7 @@ def test_a_frozen_worker_loses_its_job_and_its_child(own: Ready):
     assert again.status == "running"
 
 
+@pytest.mark.slow
 def test_a_killed_child_fails_the_job_with_a_cause(own: Ready):
     job = start_training(own)
     (child,) = processes(own, "worker.steps.train")

@@ -200,6 +200,16 @@ def test_a_longer_row_and_a_larger_batch_need_more_memory(context, database, sub
     assert sizes == sorted(set(sizes))
 
 
+def test_a_models_text_that_no_database_takes_stops_neither_its_refusal_nor_the_next_job(
+    context, database, submit, models
+):
+    write_model(models / "odd", model_type="\ud800x")
+    odd, good = submit(base="odd"), submit()
+    assert admit_waiting(context) == 2
+    assert (read(database, odd).status, read(database, good).status) == ("failed", "queued")
+    assert "\\ud800x" in read(database, odd).error["message"]
+
+
 def test_a_rank_beyond_the_smallest_linear_is_refused(context, database, submit):
     job_id = submit(shadow={"tuning": {"rank": 9}})
     assert admit_waiting(context) == 1
