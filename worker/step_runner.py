@@ -34,7 +34,18 @@ RECORD_SECONDS = 1.0
 MAX_PENDING_LINES = 10_000
 
 #: What a child may know of this process's environment: no secret is among it.
-_PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
+_PASSED_ON = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TMPDIR",
+    "TZ",
+    "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH",
+    "OMP_NUM_THREADS",
+    "NUMBA_CACHE_DIR",
+)
 
 #: What every child is told.
 _ALWAYS = {
