@@ -24,7 +24,7 @@ def nobody(api):
 
 @pytest.fixture(scope="module")
 def openapi(api):
-    return httpx.get(f"{api.url}/openapi.json").json()
+    return httpx.get(f"{api.url}/openapi.json", timeout=60).json()
 
 
 def test_every_route_but_the_open_ones_needs_a_key(nobody, openapi):

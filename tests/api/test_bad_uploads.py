@@ -164,5 +164,5 @@ def test_several_uploads_at_once_stay_apart(api, client):
     contents = [bytes([65 + number]) * 50_000 for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
         ids = list(pool.map(client.upload, contents))
-    with httpx.Client(base_url=f"{api.url}/v1", headers=client.member.headers) as http:
+    with httpx.Client(base_url=f"{api.url}/v1", headers=client.member.headers, timeout=30) as http:
         assert [http.get(f"/files/{file_id}/content").content for file_id in ids] == contents

@@ -211,7 +211,7 @@ def test_a_refusal_of_ours_is_said_in_our_words(client):
 
 
 def test_every_field_of_a_graft_is_described(api):
-    schemas = httpx.get(f"{api.url}/openapi.json").json()["components"]["schemas"]
+    schemas = httpx.get(f"{api.url}/openapi.json", timeout=60).json()["components"]["schemas"]
     for name in ("GraftRequest", "GraftEvaluation", "GraftObject"):
         silent = [field for field, said in schemas[name]["properties"].items() if not said.get("description")]
         assert not silent, f"{name} says nothing about {silent}"

@@ -84,7 +84,7 @@ def test_the_sdk_hears_why_though_it_sends_first(api, client):
 
 
 def test_a_small_body_that_nobody_read_leaves_the_connection_usable(api):
-    with httpx.Client(base_url=f"{api.url}/v1", verify=PLAIN) as http:
+    with httpx.Client(base_url=f"{api.url}/v1", timeout=30, verify=PLAIN) as http:
         answer = http.post("/files", content=b"x" * 1000)
         told(answer, 401)
         assert "connection" not in answer.headers
