@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+# Several tests run at once on every core, and their models are tiny: torch's threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 # The broker's app reads its settings when it is imported: nothing of a test may reach a real deployment's folder.
 for _name in [name for name in os.environ if name.startswith("SHADOWFT_")]:
     del os.environ[_name]
