@@ -11,6 +11,8 @@ DATA ?=
 PAIR ?=
 # For `make test`: further arguments to pytest.
 ARGS ?=
+# For `make soak`: how long, over its four settings.
+MINUTES ?= 10
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -73,11 +75,20 @@ check: setup ## Check format, lint, types and the arrows between the rooms
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 .PHONY: bench
-bench: setup ## Run every benchmark; each prints JSON with a ratio against a yardstick of the same run
+bench: setup test-servers ## Run every benchmark; each prints JSON with a ratio against a yardstick of the same run
 	@for program in bench/*.py; do $(BIN)/python $$program || exit 1; done
 
 bench-%: setup
 	@$(BIN)/python bench/$*.py
+
+# Of a name of its own: beside the other programs a `queue.py` would be taken for the standard library's.
+.PHONY: bench-queue
+bench-queue: setup test-servers
+	@$(BIN)/python bench/job_queue.py
+
+.PHONY: soak
+soak: setup test-servers ## Run toy jobs while something dies every few seconds (MINUTES=10), on every database and broker
+	@$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 .PHONY: up
 up: ## Start the containers: migrate, api, worker, redis, postgres

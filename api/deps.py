@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from api.lanes import LaneBoard
 from api.paces import PaceBoard
 from api.prepared import PreparedJob
+from api.readiness import Readiness
 from core.config import Settings
 from core.db import Database
 from core.errors import InvalidInput, NotFound, PermissionDenied
@@ -49,6 +50,10 @@ class Service:
     @cached_property
     def lanes(self) -> LaneBoard:
         return LaneBoard(stale_worker_seconds=self.settings.lease_seconds)
+
+    @cached_property
+    def readiness(self) -> Readiness:
+        return Readiness(self.database, self.settings)
 
     @cached_property
     def paces(self) -> PaceBoard:

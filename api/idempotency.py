@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
@@ -28,15 +29,23 @@ Key = Annotated[
 RetryCount = Annotated[str, Header(alias="x-stainless-retry-count", include_in_schema=False)]
 
 
-async def _intent(request: Request, caller: CallerDep, key: Key = None, retry_count: RetryCount = "0") -> Intent:
-    canonical = json.dumps(await request.json(), sort_keys=True)
+async def _bare_intent(request: Request, caller: CallerDep, key: Key = None, retry_count: RetryCount = "0") -> Intent:
     return Intent(
         team_id=caller.team_id,
         route=f"{request.method} {request.url.path.rstrip('/')}",
-        body_sha256=hashlib.sha256(canonical.encode()).hexdigest(),
+        body_sha256=hashlib.sha256(b"").hexdigest(),
         key=key,
         is_retry=retry_count.strip("0") != "",
     )
+
+
+#: Of a route that reads no body.
+BareIntentDep = Annotated[Intent, Depends(_bare_intent)]
+
+
+async def _intent(request: Request, bare: BareIntentDep) -> Intent:
+    canonical = json.dumps(await request.json(), sort_keys=True)
+    return replace(bare, body_sha256=hashlib.sha256(canonical.encode()).hexdigest())
 
 
 IntentDep = Annotated[Intent, Depends(_intent)]

@@ -11,6 +11,9 @@ from sqlalchemy.exc import DBAPIError
 
 from core.models import Job
 
+#: What PostgreSQL calls a double: a reader of numbers wants to know in which form they come, the others do not ask.
+FLOAT8 = 701
+
 
 class PreparedJob:
     """Reads some columns of a job by its id, with SQLAlchemy's types but past its sessions, transactions and
@@ -23,7 +26,7 @@ class PreparedJob:
         self._statement = str(compiled)
         self._by_position = compiled.positional
         types = [column.type.dialect_impl(engine.dialect) for column in columns]
-        self._readers = [type_.result_processor(engine.dialect, None) for type_ in types]
+        self._readers = [type_.result_processor(engine.dialect, FLOAT8) for type_ in types]
         self._row = namedtuple("JobRow", names)  # type: ignore[misc]  # its fields are this select's
 
     def get(self, job_id: str) -> Job | None:

@@ -33,7 +33,7 @@ from core.errors import ShadowError
 
 jobs = typer.Typer(
     no_args_is_help=True,
-    help="Estimate, create, watch and cancel fine-tuning jobs, and download what they made.",
+    help="Estimate, create, watch, pause and cancel fine-tuning jobs, and download what they made.",
     epilog="Exit status: 0 done (of a watched job: succeeded); 1 refused, failed or cancelled; 2 a mistake in the "
     "options; 130 interrupted, which leaves a job running.",
 )
@@ -182,6 +182,47 @@ def cancel(job_id: JobId, output: Format = "table", url: Url = DEFAULT_URL, api_
         print_json(job)
         return
     typer.echo(f"{job['id']} is {'cancelled' if job['status'] == 'cancelled' else 'being cancelled'}.")
+
+
+@jobs.command("pause")
+def pause(job_id: JobId, output: Format = "table", url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Pause a job. A running one saves its training's state first, and goes on from there once it is resumed."""
+    _act(job_id, "pause", "is being paused.", output, url, api_key)
+
+
+@jobs.command("resume")
+def resume(job_id: JobId, output: Format = "table", url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Let a paused job go on."""
+    _act(job_id, "resume", "goes on.", output, url, api_key)
+
+
+def _act(job_id: str, verb: str, done: str, output: str, url: str, api_key: str | None) -> None:
+    with connect(url, api_key) as server:
+        job = server.post(f"{_route(job_id)}/{verb}", {})
+    if output == "json":
+        print_json(job)
+        return
+    typer.echo(f"{job['id']} is paused." if job["status"] == "paused" else f"{job['id']} {done}")
+
+
+@jobs.command("retry")
+def retry(
+    job_id: JobId,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the new job to its end.")] = False,
+    output: Format = "table",
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Run a job again that failed or was cancelled, as a new one that goes on from what the old one saved."""
+    with connect(url, api_key) as server:
+        job = server.post(f"{_route(job_id)}/retry", {})
+        if watch:
+            say(f"{job['id']} runs {job_id} again.")
+            raise typer.Exit(_watched(server, job["id"], output))
+    if output == "json":
+        print_json(job)
+        return
+    typer.echo(job["id"])
 
 
 @jobs.command("checkpoints")

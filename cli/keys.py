@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 keys = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
-teams = typer.Typer(no_args_is_help=True, help="Make and list teams.")
+teams = typer.Typer(no_args_is_help=True, help="Make, limit and list teams.")
 
 
 @contextmanager
@@ -83,6 +83,21 @@ def create_a_team(name: str) -> None:
     typer.echo(team.id)
 
 
+@teams.command("limit")
+def limit_a_team(
+    name: str,
+    max_job_seconds: Annotated[
+        int, typer.Option(min=0, help="How long each of its jobs may run, all attempts together; 0 for no limit.")
+    ],
+) -> None:
+    """Limit how long a team's jobs may run. Counts for a running job from its next attempt on."""
+    from core.keys import find_team
+
+    with _session() as session:
+        find_team(session, name).max_job_seconds = max_job_seconds or None
+    typer.echo(f"Jobs of {name} may run {f'{max_job_seconds:,} s' if max_job_seconds else 'as long as they take'}.")
+
+
 @teams.command("list")
 def list_teams() -> None:
     """List all teams."""
@@ -92,8 +107,9 @@ def list_teams() -> None:
 
     from core.models import Team
 
-    table = Table("id", "name", "created")
+    table = Table("id", "name", "job seconds", "created")
     with _session() as session:
         for team in session.scalars(select(Team).order_by(Team.created_at)):
-            table.add_row(team.id, team.name, f"{team.created_at:%F %T}")
+            limit = "" if team.max_job_seconds is None else f"{team.max_job_seconds:,}"
+            table.add_row(team.id, team.name, limit, f"{team.created_at:%F %T}")
     Console().print(table)

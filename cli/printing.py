@@ -28,6 +28,8 @@ _COLOURS = {
     "uploaded": "cyan",
     "processed": "green",
     "running": "cyan",
+    "pausing": "yellow",
+    "paused": "yellow",
     "succeeded": "green",
     "failed": "red",
     "cancelled": "yellow",

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
+import psutil
 import structlog
 import uvicorn
 
@@ -29,7 +30,8 @@ RESTART_SECONDS = 0.5
 MAX_RESTART_SECONDS = 30.0
 #: One that has run this long counts as healthy again.
 HEALTHY_SECONDS = 60.0
-#: How long the processes may take to end before they are killed; a worker ends its children first.
+#: How long the processes may take to end before they are killed, besides the time that a training gets to save its
+#: state: a worker ends its children first.
 STOP_SECONDS = 40.0
 
 _PR_SET_PDEATHSIG = 1
@@ -71,6 +73,8 @@ class Part:
     started: float = 0.0
     start_at: float = 0.0
     delay: float = RESTART_SECONDS
+    #: Since when it has been seen stopped, by the clock of `time.monotonic`.
+    stopped_since: float | None = None
 
     def start(self) -> None:
         command = [sys.executable, "-m", "cli", *self.arguments]
@@ -79,9 +83,12 @@ class Part:
         self.process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent())
         self.started = time.monotonic()
 
-    def watch(self) -> None:
-        """Notice that it died and plan its next start."""
-        if self.process is None or self.process.poll() is None:
+    def watch(self, patience_seconds: float) -> None:
+        """Notice that it died, or that it has been stopped for too long, and plan its next start."""
+        if self.process is None:
+            return
+        if self.process.poll() is None:
+            self._end_if_stopped(self.process, patience_seconds)
             return
         if time.monotonic() - self.started > HEALTHY_SECONDS:
             self.delay = RESTART_SECONDS
@@ -89,10 +96,24 @@ class Part:
         self.process, self.start_at = None, time.monotonic() + self.delay
         self.delay = min(self.delay * 2, MAX_RESTART_SECONDS)
 
+    def _end_if_stopped(self, process: subprocess.Popen[bytes], patience_seconds: float) -> None:
+        """Stopped by a signal it has lost its job to another worker; the lock it may hold on SQLite's file it keeps,
+        and everybody else would wait for that until somebody woke it."""
+        if psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+            self.stopped_since = None
+            return
+        self.stopped_since = self.stopped_since or time.monotonic()
+        if time.monotonic() - self.stopped_since >= patience_seconds:
+            log.warning("process_stopped", name=self.name, seconds=patience_seconds)
+            process.kill()
+
 
 @dataclass
 class Supervisor:
     parts: list[Part]
+    #: How long a part may be stopped by a signal before it is ended.
+    patience_seconds: float
+    stop_seconds: float = STOP_SECONDS
     stopping: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> int:
@@ -110,7 +131,7 @@ class Supervisor:
 
     def _tick(self) -> None:
         for part in self.parts:
-            part.watch()
+            part.watch(self.patience_seconds)
             if part.process is None and time.monotonic() >= part.start_at:
                 part.start()
 
@@ -118,7 +139,7 @@ class Supervisor:
         living = [part.process for part in self.parts if part.process is not None]
         for process in living:
             process.terminate()
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline = time.monotonic() + self.stop_seconds
         for process in living:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
@@ -142,7 +163,9 @@ def _serve(settings: Settings) -> int:
             Part("api", ["api"], withheld=frozenset({"HF_TOKEN"})),  # it fetches no model
             Part("worker jobs", ["worker", "--queue", "jobs"]),
             Part("worker light", ["worker", "--queue", "light"]),
-        ]
+        ],
+        patience_seconds=settings.lease_seconds,
+        stop_seconds=STOP_SECONDS + settings.save_grace_seconds,
     ).run()
 
 

@@ -1,17 +1,21 @@
 """The Celery app, and nudge().
 
 A message only says "look": it is empty, so that any of them may be lost, doubled or late without harm. Hence no result
-backend, no late acks, no retries, no remote control; the database is the record.
+backend, no late acks, no retries, no remote control; the database is the record. Nor does anybody wait for one to be
+sent: a thread sends them, so that a broker that hangs makes no request slow.
 """
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Callable
 from typing import Any, Literal
 
+import redis
 import structlog
 from celery import Celery
 from kombu import Exchange, Queue
-from kombu.exceptions import OperationalError
 from kombu.transport import TRANSPORT_ALIASES
 
 from core.config import Settings, get_settings
@@ -25,6 +29,7 @@ QUEUE_OF: dict[TaskName, str] = {"work": "jobs", "admit": "light", "check_file":
 NUDGE_TIMEOUT_SECONDS = 2.0
 
 TRANSPORT_ALIASES["embedded"] = "core.embedded_broker:Transport"
+TRANSPORT_ALIASES["redis"] = TRANSPORT_ALIASES["rediss"] = "core.redis_broker:Transport"
 
 log = structlog.get_logger(__name__)
 
@@ -62,10 +67,12 @@ def _transport_options(settings: Settings) -> dict[str, Any]:
     if not settings.broker_url.get_secret_value():
         return {"folder": str(settings.broker_dir)}
     return {
-        "visibility_timeout": 3600,
+        # What is taken is taken: a message that is lost is none the worse, and a full Redis refuses to keep account.
+        "ack_emulation": False,
         "socket_keepalive": True,
         "health_check_interval": 25,
-        "socket_timeout": 30,
+        # Longer than a reader waits for a message, which is a second.
+        "socket_timeout": 5,
         "socket_connect_timeout": NUDGE_TIMEOUT_SECONDS,
     }
 
@@ -73,11 +80,58 @@ def _transport_options(settings: Settings) -> dict[str, Any]:
 celery = make_celery(get_settings())
 
 
-def nudge(task: TaskName) -> None:
-    """Tell a worker that something waits. A broker that is away delays the work by a sweep and nothing else."""
+class Nudger:
+    """Sends nudges from a thread of its own. Those of one task that wait to be sent are one."""
+
+    def __init__(self, send: Callable[[TaskName], None]) -> None:
+        self._send = send
+        self._waiting: dict[TaskName, None] = {}
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def nudge(self, task: TaskName) -> None:
+        with self._changed:
+            self._waiting[task] = None
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="nudge", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                task = next(iter(self._waiting))
+                del self._waiting[task]
+            self._send(task)
+
+
+def _send(task: TaskName) -> None:
     try:
         celery.send_task(
             task, queue=QUEUE_OF[task], retry=False, ignore_result=True, expires=3600, connection_timeout=2
         )
-    except (OperationalError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - a client of a broker raises what it likes, and the sweep nudges again
         log.warning("nudge_failed", task=task, error=type(error).__name__)
+
+
+_nudger = Nudger(_send)
+
+
+def nudge(task: TaskName) -> None:
+    """Tell a worker that something waits, soon. A broker that is away delays the work by a sweep and nothing else."""
+    _nudger.nudge(task)
+
+
+def is_reachable(settings: Settings) -> bool:
+    """Whether the broker answers within a second."""
+    url = settings.broker_url.get_secret_value()
+    if not url:
+        return os.access(settings.data_dir, os.W_OK)
+    client = redis.Redis.from_url(url, socket_timeout=1, socket_connect_timeout=1)
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
+    finally:
+        client.close()

@@ -45,6 +45,12 @@ class Settings(BaseSettings):
     cancel_grace_seconds: float = 20
     #: Longer checks of one uploaded file are ended.
     inspect_timeout_seconds: float = 600
+    #: How often a training saves its state, so that no more than this is lost with its worker.
+    save_seconds: float = 600
+    #: A training that is told to save its state and leave gets so long; then it is ended and the last saved one counts.
+    save_grace_seconds: float = 120
+    #: A training that makes no step for so long, and for ten times as long as its steps usually take, is ended.
+    stall_seconds: float = 900
     #: A job whose worker died this often is not tried again.
     max_lost_workers: int = 3
     #: How often a step that failed through the infrastructure's fault is tried again.
@@ -52,6 +58,9 @@ class Settings(BaseSettings):
 
     #: `auto`, `cpu`, or the index of a GPU: what this worker's lane runs on.
     device: str = "auto"
+    #: The walls around each step, which keep it from the network and from all files but its own: `auto` puts up those
+    #: that this machine offers, `require` lets no worker start without them, `off` does without.
+    sandbox: Literal["auto", "require", "off"] = "auto"
     #: Memory that one job may use in this worker's lane; empty means the device's own, less a reserve.
     lane_memory_bytes: int | None = None
 

@@ -7,11 +7,15 @@ BEGIN, because one that reads first and locks later fails at once under contenti
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
+import psycopg
+from psycopg.abc import PQGen
 from sqlalchemy import DateTime, Engine, MetaData, create_engine, event, text
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.ext.compiler import compiles
@@ -25,8 +29,23 @@ from core.config import Settings
 #: Taken by whoever sets a database up: two processes that start at once must not both do it.
 _SETUP_LOCK = 0x5AD0F7
 
+#: A PostgreSQL that takes up no connection for so long, or acknowledges nothing for so long, is away.
+CONNECT_SECONDS = 5
+SILENCE_SECONDS = 15
+#: A transaction that asks nothing for so long is ended, and with it go its locks: its process is frozen or gone, and
+#: whoever waits for a row of it would wait as long.
+IDLE_IN_TRANSACTION_SECONDS = 30
+#: A statement that is not answered for so long is given up, and its connection with it: the server is frozen, or
+#: something on the way swallows what it says, and no part of this service may wait for ever. Longer than a statement
+#: waits for a row whose holder is frozen, and shorter than a lease, so that a beat is tried once more.
+ANSWER_SECONDS = 40
+#: How long a request waits for a connection while all are in use; then it is answered that the database is busy.
+POOL_SECONDS = 5
+
 #: How long a statement waits for SQLite's write lock.
 SQLITE_BUSY_TIMEOUT_MS = 10_000
+
+Answer = TypeVar("Answer")
 
 NAMING_CONVENTION = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -110,6 +129,13 @@ def lock_for_setup(connection: Connection) -> None:
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _SETUP_LOCK})
 
 
+def take_your_time(connection: Connection) -> None:
+    """Wait for ever for what this connection is asked: a migration of many rows takes as long as it takes."""
+    driver = connection.connection.driver_connection
+    if isinstance(driver, PatientConnection):
+        driver.answer_seconds = math.inf
+
+
 def open_database(settings: Settings) -> Database:
     # For its owner alone: customers' rows lie below it.
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -118,12 +144,59 @@ def open_database(settings: Settings) -> Database:
 
 def _make_engine(url: str) -> Engine:
     if not url.startswith("sqlite"):
-        # A database made under a bare C locale would hand out bytes; text is UTF-8 here, whatever it says.
-        return create_engine(url, pool_pre_ping=True, connect_args={"client_encoding": "utf8"})
-    engine = create_engine(url)
+        engine = create_engine(url, pool_pre_ping=True, pool_timeout=POOL_SECONDS, connect_args=_POSTGRESQL)
+        event.listen(
+            engine, "do_connect", lambda _dialect, _record, args, options: PatientConnection.connect(*args, **options)
+        )
+        event.listen(engine, "connect", _prepare_postgresql)
+        return engine
+    engine = create_engine(url, pool_timeout=POOL_SECONDS)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+_POSTGRESQL = {
+    # A database made under a bare C locale would hand out bytes; text is UTF-8 here, whatever it says.
+    "client_encoding": "utf8",
+    "connect_timeout": CONNECT_SECONDS,
+    # A peer whose machine is gone says nothing: without these a connection to it would hang for hours.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": SILENCE_SECONDS * 1000,
+}
+
+
+class PatientConnection(psycopg.Connection[Any]):
+    """A connection that waits only so long for an answer, which neither libpq nor a silent line does by itself."""
+
+    #: A migration may take longer.
+    answer_seconds: float = ANSWER_SECONDS
+
+    def wait(self, gen: PQGen[Answer], *args: Any, **kwargs: Any) -> Answer:
+        return super().wait(self._for_so_long(gen), *args, **kwargs)
+
+    def _for_so_long(self, gen: PQGen[Answer]) -> PQGen[Answer]:
+        """The driver asks its generator anew each tenth of a second, also where nothing has come."""
+        end = time.monotonic() + self.answer_seconds
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if not ready and time.monotonic() > end:
+                    self.pgconn.finish()
+                    raise psycopg.OperationalError(f"the database has not answered for {self.answer_seconds:g} s")
+                wanted = gen.send(ready)
+        except StopIteration as ended:
+            answer: Answer = ended.value
+            return answer
+
+
+def _prepare_postgresql(connection: Any, _record: Any) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_IN_TRANSACTION_SECONDS}s'")
+    connection.commit()
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

@@ -6,6 +6,8 @@ no secret and no database id that a step would have to look up.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -162,3 +164,18 @@ class JobSpec(_Frozen):
     def start(self) -> ModelSource:
         """The model that is tuned: base for Shadow-FT, instruct for direct tuning."""
         return self.pair.base if self.strategy == "shadow" else self.pair.instruct
+
+    @property
+    def training_sha256(self) -> str:
+        """One hash of all that the training's numbers depend on: where it agrees, one job may go on from a state that
+        another one saved. What is grafted and compared afterwards, and what things are called, is not among it."""
+        data = (self.training, self.validation)
+        parts = {
+            "strategy": self.strategy,
+            "models": [source.model_dump(mode="json") for source in (self.pair.base, self.pair.instruct)],
+            "data": [source.sha256 if source else None for source in data],
+            "holdout_ratio": self.holdout_ratio,
+            "seed": self.seed,
+            "tuning": self.tuning.model_dump(mode="json"),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

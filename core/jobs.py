@@ -1,7 +1,8 @@
 """A job's life: its states, its legal moves, and every verb that changes one.
 
     (new) -> validating_files -> queued -> running -> succeeded | failed
-    running -> queued        lease lost, worker drained, or a fault of the infrastructure
+    running -> queued        lease lost, worker drained, or a fault that another try may not meet
+    any live state -> paused -> where it came from; a running one first saves its training's state
     any live state -> cancelled
 
 Whoever runs a job holds a `Claim`. Every write under it checks, in the same statement and by the database's clock,
@@ -24,22 +25,37 @@ from core.db import db_now
 from core.errors import Cause, Conflict, LeaseLost
 from core.ids import new_id
 from core.job_spec import JobSpec
-from core.models import Artifact, Checkpoint, File, Job, JobEvent, Metric, PairCheck, Worker
+from core.models import Artifact, Checkpoint, File, Job, JobEvent, Metric, PairCheck, ResumePoint, Worker
 
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
 Phase = Literal["preparing", "training", "grafting", "evaluating", "publishing", "cancelling"]
 Wish = Literal["run", "pause", "cancel"]
 Queue = Literal["jobs", "light"]
+#: What a return to the queue is charged to; a drain and a pause cost nothing.
+Budget = Literal["infra_retries", "stall_count", "disk_waits", "oom_level"]
 
 TERMINAL: frozenset[str] = frozenset({"succeeded", "failed", "cancelled"})
 #: States from which a cancel needs no worker's help.
 CANCELLED_AT_ONCE: frozenset[str] = frozenset({"validating_files", "queued", "paused"})
+#: States from which a pause needs none either.
+PAUSED_AT_ONCE: frozenset[str] = frozenset({"validating_files", "queued"})
+#: What can be run again as a new job.
+RETRYABLE: frozenset[str] = frozenset({"failed", "cancelled"})
 
 #: What events call a job, by its kind.
 _NOUNS = {"fine_tune": "fine-tuning job", "graft": "graft job"}
 
 #: The first wait before something that the infrastructure failed is tried again.
 RETRY_SECONDS = 30.0
+
+#: The first wait for room on a full disk, and the longest.
+DISK_SECONDS = 60.0
+MAX_DISK_SECONDS = 900.0
+
+#: Saved states of a running job that are kept: the newest, and one more should that one turn out to be damaged.
+KEPT_POINTS = 2
+#: How long those of a failed job are kept, so that it can be run again from where it was.
+FAILED_POINTS_SECONDS = 7 * 24 * 3600.0
 
 #: Rows that one sweep handles of each kind; the next sweep takes the rest.
 SWEEP_LIMIT = 100
@@ -183,17 +199,18 @@ def claim_next(
     passed over; on SQLite the transaction holds the write lock from its start.
     """
     running = aliased(Job)
-    running_of_team = (
-        select(func.count())
-        .select_from(running)
-        .where(running.team_id == Job.team_id, running.status == "running")
-        .correlate(Job)
-        .scalar_subquery()
+    # Counted once, and not anew for each job that waits.
+    busy = (
+        select(running.team_id, func.count().label("jobs"))
+        .where(running.status == "running")
+        .group_by(running.team_id)
+        .subquery()
     )
     candidate = (
         select(Job.id)
+        .outerjoin(busy, busy.c.team_id == Job.team_id)
         .where(Job.status == "queued", _due(), _need(on_gpu) <= lane_memory_bytes)
-        .order_by(running_of_team, Job.id)
+        .order_by(func.coalesce(busy.c.jobs, 0), Job.id)
         .limit(1)
         .with_for_update(skip_locked=True, of=Job)
         .scalar_subquery()
@@ -222,9 +239,10 @@ def claim_next(
     return Claim(job_id=row.id, attempt=row.attempt)
 
 
-def beat(session: Session, claim: Claim, *, lease_seconds: float) -> Wish:
-    """Move the lease; the answer says what the job's owner wants."""
-    return _write_fenced(session, claim, lease_until=db_now(lease_seconds))
+def beat(session: Session, claim: Claim, *, lease_seconds: float, ran_seconds: float = 0) -> Wish:
+    """Move the lease, and count the time since the beat before; the answer says what the job's owner wants."""
+    counted = Job.run_seconds + ran_seconds
+    return _write_fenced(session, claim, lease_until=db_now(lease_seconds), run_seconds=counted)
 
 
 def enter_phase(session: Session, claim: Claim, phase: Phase, message: str) -> Wish:
@@ -285,9 +303,9 @@ def succeed(session: Session, claim: Claim, outcome: Outcome) -> bool:
 
 
 def fail(session: Session, claim: Claim, cause: Cause) -> None:
-    """running -> failed."""
-    if not _end(session, claim.job_id, _holds(claim), "failed", cause):
-        raise LeaseLost(f"Job {claim.job_id} is no longer held by attempt {claim.attempt}.")
+    """running -> failed, or cancelled where its owner asked for that before."""
+    if not _end(session, claim.job_id, and_(_holds(claim), Job.wish != "cancel"), "failed", cause):
+        finish_cancelled(session, claim)
 
 
 def finish_cancelled(session: Session, claim: Claim) -> None:
@@ -296,26 +314,110 @@ def finish_cancelled(session: Session, claim: Claim) -> None:
         raise LeaseLost(f"Job {claim.job_id} is no longer held by attempt {claim.attempt}.")
 
 
-def put_back(session: Session, claim: Claim, reason: str, *, charged: bool = False, delay_seconds: float = 0) -> None:
-    """running -> queued: the worker drains, or (`charged`) the infrastructure failed the step."""
+def put_back(
+    session: Session, claim: Claim, reason: str | None, *, charge: Budget | None = None, delay_seconds: float = 0
+) -> None:
+    """running -> queued, or paused where its owner asked for that, or cancelled: the worker drains, or something failed
+    that another try may not meet and whose budget is charged."""
+    charged = {charge: getattr(Job, charge) + 1} if charge else {}
     row = session.execute(
         _fenced(claim)
         .where(Job.wish != "cancel")
-        .values(
-            **_released("queued"),
-            infra_retries=Job.infra_retries + int(charged),
-            not_before=db_now(delay_seconds),
-        )
-        .returning(Job.id)
+        .values(**_released(_QUEUED_OR_PAUSED), **charged, not_before=db_now(delay_seconds))
+        .returning(Job.status)
     ).first()
     if row is None:
         finish_cancelled(session, claim)
         return
-    add_events(session, claim.job_id, [NewEvent(reason, level="warn")])
+    add_events(session, claim.job_id, _left(row.status, reason))
 
 
-def infra_retries(session: Session, claim: Claim) -> int:
-    return session.execute(select(Job.infra_retries).where(Job.id == claim.job_id)).scalar_one()
+def _left(status: Status, reason: str | None) -> list[NewEvent]:
+    """What is said of a job that left its worker without having ended."""
+    said = [NewEvent(reason, level="warn")] if reason else []
+    if status == "paused":
+        return [*said, NewEvent("The job is paused")]
+    return said or [NewEvent("The job is queued again")]
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What of each is spent."""
+
+    infra_retries: int
+    stall_count: int
+    disk_waits: int
+    oom_level: int
+
+
+def budgets(session: Session, job_id: str) -> Budgets:
+    row = session.execute(
+        select(Job.infra_retries, Job.stall_count, Job.disk_waits, Job.oom_level).where(Job.id == job_id)
+    ).one()
+    return Budgets(*row)
+
+
+def disk_wait_seconds(waited: int) -> float:
+    """Doubled at each wait for room on a disk, to a quarter of an hour."""
+    return min(DISK_SECONDS * float(2**waited), MAX_DISK_SECONDS)
+
+
+# --- saved states of a training -------------------------------------------------------------------------------------
+
+
+def add_point(session: Session, claim: Claim, point: ResumePoint) -> Wish:
+    """Record a state whose files are whole in storage; from here on the job may go on from it."""
+    said = NewEvent(f"Saved the training's state at step {point.step}")
+    wish = _write_fenced(session, claim, events=[said], disk_waits=0)
+    session.add(point)
+    return wish
+
+
+def ready_points(session: Session, job_id: str) -> Sequence[ResumePoint]:
+    """Those that the job may go on from, the newest first."""
+    ready = and_(ResumePoint.job_id == job_id, ResumePoint.status == "ready")
+    return session.scalars(select(ResumePoint).where(ready).order_by(*_NEWEST_FIRST)).all()
+
+
+def set_point_aside(session: Session, claim: Claim, point: ResumePoint, why: str) -> Wish:
+    """A point that did not agree with its manifest is not read again."""
+    wish = _write_fenced(session, claim, events=[NewEvent(why, level="warn")], attempt=Job.attempt)
+    session.execute(update(ResumePoint).where(ResumePoint.id == point.id).values(status="bad"))
+    return wish
+
+
+def drop_old_points(session: Session, claim: Claim) -> list[str]:
+    """Forget what is older than the newest that are kept. What it returns is to be deleted from storage once that is
+    committed. To be called only after the newest one was read back from there."""
+    _write_fenced(session, claim, attempt=Job.attempt)
+    points = select(ResumePoint).where(ResumePoint.job_id == claim.job_id).order_by(*_NEWEST_FIRST)
+    rows = session.scalars(points).all()
+    kept = [row.id for row in rows if row.status == "ready"][:KEPT_POINTS]
+    return _drop(session, [row for row in rows if row.id not in kept])
+
+
+def drop_ended_points(session: Session) -> list[str]:
+    """For the sweep: forget those of jobs that need them no more. What it returns is as for `drop_old_points`.
+
+    The jobs' rows stay locked until the commit: who runs one again comes before this or after.
+    """
+    long_failed = and_(Job.status == "failed", Job.finished_at <= db_now(-FAILED_POINTS_SECONDS))
+    over = or_(Job.status.in_(("succeeded", "cancelled")), long_failed)
+    found = select(ResumePoint).join(Job, ResumePoint.job_id == Job.id).where(over).limit(SWEEP_LIMIT)
+    return _drop(session, session.scalars(found.with_for_update(skip_locked=True, of=Job)).all())
+
+
+def _drop(session: Session, points: Sequence[ResumePoint]) -> list[str]:
+    """The prefixes that no row names any more."""
+    for point in points:
+        session.delete(point)
+    session.flush()
+    prefixes = {point.prefix for point in points}
+    named = session.scalars(select(ResumePoint.prefix).where(ResumePoint.prefix.in_(prefixes)))
+    return sorted(prefixes - set(named))
+
+
+_NEWEST_FIRST = (ResumePoint.step.desc(), ResumePoint.id.desc())
 
 
 # --- by the job's owner ---------------------------------------------------------------------------------------------
@@ -343,6 +445,95 @@ def request_cancel(session: Session, job_id: str) -> None:
         raise Conflict(
             f"Job {job_id} has already {status}; only a live job can be cancelled.", code="job_not_cancellable"
         )
+
+
+def request_pause(session: Session, job_id: str) -> None:
+    """Pause at once what no worker holds; ask the worker for the rest, which saves the training's state first.
+    Repeating it changes nothing.
+
+    Raises Conflict where the job has ended or is being cancelled.
+    """
+    job = _held(session, job_id)
+    if job.status == "paused" or (job.status, job.wish) == ("running", "pause"):
+        return
+    if job.status in PAUSED_AT_ONCE:
+        _change(session, job_id, NewEvent("The job is paused"), status="paused")
+    elif (job.status, job.wish) == ("running", "run"):
+        _change(session, job_id, NewEvent("Pausing: the worker saves what it has done"), wish="pause")
+    else:
+        raise _refused(job_id, job, "paused", "job_not_pausable")
+
+
+def request_resume(session: Session, job_id: str) -> None:
+    """paused -> queued, or validating_files where it was never admitted. A pause that the worker has not carried out
+    is taken back. A job that goes on anyway is left alone, so that the request can be repeated.
+
+    Raises Conflict where the job has ended or is being cancelled.
+    """
+    job = _held(session, job_id)
+    if job.status == "paused":
+        status = "queued" if job.admitted else "validating_files"
+        _change(session, job_id, NewEvent("The job is resumed"), status=status, not_before=None)
+    elif (job.status, job.wish) == ("running", "pause"):
+        _change(session, job_id, NewEvent("The job is resumed before it was paused"), wish="run")
+    elif job.status in TERMINAL or job.wish == "cancel":
+        raise _refused(job_id, job, "resumed", "job_not_resumable")
+
+
+def retry(session: Session, job_id: str) -> Job:
+    """A new job with the request of one that failed or was cancelled; it goes on from what that one had saved.
+
+    Raises Conflict where that one is in another state.
+    """
+    # Held from here on, so that its saved states are not forgotten meanwhile.
+    old = session.scalars(select(Job).where(Job.id == job_id).with_for_update()).one()
+    if old.status not in RETRYABLE:
+        raise Conflict(
+            f"Job {job_id} is '{old.status}'; only one that failed or was cancelled can be run again.",
+            code="job_not_retryable",
+        )
+    job = create(session, Job(**{name: getattr(old, name) for name in _ASKED_FOR}, parent_id=old.id))
+    points = ready_points(session, old.id)
+    session.add_all(_handed_on(point, job.id) for point in points)
+    start = f" from the state that it saved at step {points[0].step}" if points else ""
+    add_events(session, job.id, [NewEvent(f"This job runs {old.id} again{start}")])
+    return job
+
+
+#: The columns that say what a job's owner asked for.
+_ASKED_FOR = (
+    "team_id",
+    "kind",
+    "model",
+    "training_file_id",
+    "validation_file_id",
+    "suffix",
+    "seed",
+    "labels",
+    "request",
+)
+
+
+def _handed_on(point: ResumePoint, job_id: str) -> ResumePoint:
+    same = ("attempt", "step", "spec_sha256", "prefix", "bytes", "manifest", "status")
+    return ResumePoint(id=new_id("rpt_"), job_id=job_id, **{name: getattr(point, name) for name in same})
+
+
+def _held(session: Session, job_id: str) -> Any:
+    """A job's state, which cannot change before the commit."""
+    admitted = Job.spec.is_not(None).label("admitted")
+    return session.execute(select(Job.status, Job.wish, admitted).where(Job.id == job_id).with_for_update()).one()
+
+
+def _change(session: Session, job_id: str, said: NewEvent, **values: Any) -> None:
+    session.execute(update(Job).where(Job.id == job_id).values(**values))
+    add_events(session, job_id, [said])
+
+
+def _refused(job_id: str, job: Any, act: str, code: str) -> Conflict:
+    state = f"has already {job.status}" if job.status in ("succeeded", "failed") else "is being cancelled"
+    state = "is 'cancelled'" if job.status == "cancelled" else state
+    return Conflict(f"Job {job_id} {state} and cannot be {act}.", code=code)
 
 
 # --- by the sweep ---------------------------------------------------------------------------------------------------
@@ -389,12 +580,13 @@ def _take_back(session: Session, job_id: str, attempt: int, max_lost_workers: in
     changed = session.execute(
         update(Job)
         .where(Job.id == job_id, stale)
-        .values(**_released("queued"), lost_count=Job.lost_count + 1)
-        .returning(Job.id)
+        .values(**_released(_QUEUED_OR_PAUSED), lost_count=Job.lost_count + 1)
+        .returning(Job.status)
     ).first()
     if changed is None:
         return False
-    add_events(session, job_id, [NewEvent("The worker stopped answering; the job is queued again", level="warn")])
+    again = "" if changed.status == "paused" else "; the job is queued again"
+    add_events(session, job_id, _left(changed.status, f"The worker stopped answering{again}"))
     return True
 
 
@@ -509,8 +701,13 @@ def _write_fenced(session: Session, claim: Claim, *, events: Sequence[NewEvent] 
     return wish
 
 
-def _released(status: Status) -> dict[str, Any]:
-    return {"status": status, "phase": None, "lease_until": None, "worker_id": None, "progress": None}
+#: Where a job goes that leaves its worker without having ended.
+_QUEUED_OR_PAUSED: ColumnElement[str] = case((Job.wish == "pause", "paused"), else_="queued")
+
+
+def _released(status: Status | ColumnElement[str]) -> dict[str, Any]:
+    wish = case((Job.wish == "pause", "run"), else_=Job.wish)  # it is granted by now, or too late
+    return {"status": status, "wish": wish, "phase": None, "lease_until": None, "worker_id": None, "progress": None}
 
 
 def _ended(status: Status) -> dict[str, Any]:

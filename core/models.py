@@ -42,6 +42,8 @@ class Team(Base):
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     name: Mapped[str] = mapped_column(String(64), unique=True)
+    #: How long one of its jobs may run, all its attempts together; None for as long as it takes.
+    max_job_seconds: Mapped[int | None]
     created_at: Mapped[datetime] = _created()
 
 
@@ -234,6 +236,16 @@ class Job(Base):
     not_before: Mapped[datetime | None] = mapped_column(UtcDateTime)
     lost_count: Mapped[int] = mapped_column(default=0)
     infra_retries: Mapped[int] = mapped_column(default=0)
+    #: How often the training was found to make no step.
+    stall_count: Mapped[int] = mapped_column(default=0, server_default="0")
+    #: How often the job has waited for room on a disk since it last got on.
+    disk_waits: Mapped[int] = mapped_column(default=0, server_default="0")
+    #: The training's micro-batch is halved so often: it had run out of memory.
+    oom_level: Mapped[int] = mapped_column(default=0, server_default="0")
+    #: How long workers have had the job, as of the last beat.
+    run_seconds: Mapped[float] = mapped_column(Double, default=0.0, server_default="0")
+    #: The job that this one runs again.
+    parent_id: Mapped[str | None] = mapped_column(String(40))
     #: What a CPU's lane must hold, by admission's estimate; and what a GPU's must, which holds less in float32.
     memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
     gpu_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
@@ -310,6 +322,34 @@ class Checkpoint(Base):
     #: Below this part of their path lie the artifacts with its change: `adapter`, `checkpoints/step-12`, `delta`. None:
     #: full tuning whose change was not published.
     folder: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[datetime] = _created()
+
+
+class ResumePoint(Base):
+    """The whole state of a training at a step, in storage. See `worker.resume_points` for how one is made and used."""
+
+    __tablename__ = "resume_point"
+    __table_args__ = (
+        CheckConstraint("status IN ('ready', 'bad')", name="status"),
+        Index("ix_resume_point_job_id_step", "job_id", "step"),
+        Index("ix_resume_point_prefix", "prefix"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    #: That may go on from it. A job that is run again as another hands its points on: then two rows name one prefix.
+    job_id: Mapped[str] = mapped_column(ForeignKey("job.id", ondelete="CASCADE"))
+    #: The one that saved it.
+    attempt: Mapped[int]
+    step: Mapped[int]
+    #: `JobSpec.training_sha256` of the job that saved it.
+    spec_sha256: Mapped[str] = mapped_column(String(64))
+    #: Of its files in storage.
+    prefix: Mapped[str] = mapped_column(String(256))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    #: `{step, spec, files: {name: {bytes, sha256}}}`, as the trainer wrote it.
+    manifest: Mapped[dict[str, Any]] = mapped_column(JsonColumn)
+    #: `bad`: it was read and did not agree with its manifest.
+    status: Mapped[str] = mapped_column(String(8), default="ready")
     created_at: Mapped[datetime] = _created()
 
 

@@ -11,7 +11,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from core.config import Settings
-from core.db import Database, lock_for_setup, open_database
+from core.db import Database, lock_for_setup, open_database, take_your_time
 from core.errors import Unavailable
 from core.keys import ensure_admin_key
 
@@ -19,12 +19,14 @@ from core.keys import ensure_admin_key
 def migrate(database: Database, revision: str = "head") -> None:
     """Apply what is missing; nothing when nothing is."""
     with database.engine.execution_options(shadowft_writing=True).begin() as connection:
+        take_your_time(connection)
         lock_for_setup(connection)
         command.upgrade(_config(connection), revision)
 
 
 def downgrade(database: Database, revision: str) -> None:
     with database.engine.execution_options(shadowft_writing=True).begin() as connection:
+        take_your_time(connection)
         command.downgrade(_config(connection), revision)
 
 

@@ -56,7 +56,7 @@ class Storage(Protocol):
         """Store the file `source`, which stays as it is, under `key`."""
 
     def fetch(self, key: str, destination: Path) -> None:
-        """Make the object readable at `destination`."""
+        """Make the object, or the folder of objects below the prefix `key`, readable at `destination`."""
 
     def path(self, key: str) -> Path:
         """A local file with the object's content."""

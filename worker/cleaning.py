@@ -5,9 +5,9 @@ from __future__ import annotations
 import structlog
 from sqlalchemy import select
 
-from core import files, uploads
+from core import files, jobs, uploads
 from core.db import Database
-from core.models import File, UploadPart
+from core.models import File, Job, ResumePoint, UploadPart
 from core.storage import Storage
 
 #: Nobody has written to such an object for so long: its process is gone.
@@ -17,9 +17,10 @@ log = structlog.get_logger(__name__)
 
 
 def remove_expired(database: Database, storage: Storage) -> None:
-    """Files past their time that no live job reads, and the parts of uploads whose hour is over."""
+    """Files past their time that no live job reads, the parts of uploads whose hour is over, and what a training saved
+    that nobody goes on from any more."""
     with database.writing() as session:
-        keys = [*uploads.expire(session), *files.delete_expired(session)]
+        keys = [*uploads.expire(session), *files.delete_expired(session), *jobs.drop_ended_points(session)]
         session.commit()
     for key in keys:
         storage.delete(key)
@@ -40,3 +41,23 @@ def remove_strays(database: Database, storage: Storage) -> None:
         for key in set(stored) - named:
             storage.delete(key)
             log.info("stray_removed", key=key)
+    _remove_stray_points(database, storage)
+
+
+def _remove_stray_points(database: Database, storage: Storage) -> None:
+    """Resume points that nobody recorded. Of a running attempt they may be on their way in."""
+    stored = {_point_of(key) for key in storage.keys("jobs", older_than_seconds=UNFINISHED_SECONDS)} - {None}
+    with database.reading() as session:
+        named = set(session.scalars(select(ResumePoint.prefix)))
+        running = session.execute(select(Job.id, Job.attempt).where(Job.status == "running"))
+        busy = tuple(f"jobs/{job_id}/resume/a{attempt}/" for job_id, attempt in running)
+    for prefix in stored - named:
+        if prefix is not None and not prefix.startswith(busy):
+            storage.delete(prefix)
+            log.info("stray_removed", key=prefix)
+
+
+def _point_of(key: str) -> str | None:
+    """`jobs/JOB/resume/ATTEMPT/STEP`, of a file in it."""
+    parts = key.split("/")
+    return "/".join(parts[:5]) if parts[2:3] == ["resume"] and len(parts) > 5 else None

@@ -1,4 +1,4 @@
-"""A lease that renews itself, and the three reasons to stop early.
+"""A lease that renews itself, and the reasons to stop early.
 
 A thread beats with a database session of its own, so that neither a long download nor a busy step lets the lease run
 out. Each beat brings back what the job's owner wants, so that cancelling needs no broker.
@@ -6,6 +6,7 @@ out. Each beat brings back what the job's owner wants, so that cancelling needs 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -29,25 +30,44 @@ class Cancelled(Stop):
     """The job's owner cancelled it."""
 
 
-class Draining(Stop):
+class Leaving(Stop):
+    """Another attempt will go on with the work: a step that can save its state does so first."""
+
+
+class Draining(Leaving):
     """This worker is shutting down."""
+
+
+class Pausing(Leaving):
+    """The job's owner paused it."""
+
+
+class TimeUp(Leaving):
+    """The job has run as long as its team allows."""
 
 
 class Lease:
     """Renews by `beat` until the block ends; `check` tells whether to go on.
 
     `beat` returns the owner's wish and raises LeaseLost. A database that is away is asked again until the lease, as
-    this process counts it from before its last good beat, has run out.
+    this process counts it from before its last good beat, has run out. The time is up after `run_seconds`.
     """
 
     def __init__(
-        self, beat: Callable[[], Wish], *, lease_seconds: float, beat_seconds: float, draining: threading.Event
+        self,
+        beat: Callable[[], Wish],
+        *,
+        lease_seconds: float,
+        beat_seconds: float,
+        draining: threading.Event,
+        run_seconds: float = math.inf,
     ) -> None:
         self._beat = beat
         self._lease_seconds = lease_seconds
         self._beat_seconds = beat_seconds
         self._draining = draining
         self._deadline = time.monotonic() + lease_seconds
+        self._time_up = time.monotonic() + run_seconds
         self._wish: Wish = "run"
         self._lost = False
         self._ended = threading.Event()
@@ -69,13 +89,21 @@ class Lease:
         return 0.0 if self._lost else self._deadline - time.monotonic()
 
     def check(self) -> None:
-        """Raises LeaseLost, Cancelled or Draining when the work must end."""
+        """Raises LeaseLost, Cancelled or one of Leaving when the work must end."""
+        self.check_held()
+        if time.monotonic() >= self._time_up:
+            raise TimeUp
+        if self._wish == "pause":
+            raise Pausing
+        if self._draining.is_set():
+            raise Draining
+
+    def check_held(self) -> None:
+        """Raises LeaseLost or Cancelled: reasons for which not even a saved state is worth anything."""
         if self.remaining() <= 0:
             raise LeaseLost("The lease ran out.")
         if self._wish == "cancel":
             raise Cancelled
-        if self._draining.is_set():
-            raise Draining
 
     def heard(self, wish: Wish) -> None:
         """Take the wish that another write brought back."""

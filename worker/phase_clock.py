@@ -28,6 +28,7 @@ class PhaseClock:
         self._began = time.monotonic()
         self._busy_seconds: float | None = None
         self._work = 0
+        self._is_stopped = False
 
     def did_step(self, name: str, result: dict[str, Any]) -> None:
         """Take from a step's result how much it did, and in what time once it had started."""
@@ -46,9 +47,13 @@ class PhaseClock:
         self._busy_seconds, self._work = None, 0
         return ended
 
+    def stop(self) -> None:
+        """From here on nothing is kept: the work is not done from its beginning."""
+        self._is_stopped = True
+
     def end(self) -> PhaseTime | None:
         """What is to be kept of the running phase, now that it has done its work."""
-        if self._claim.attempt > 1:
+        if self._claim.attempt > 1 or self._is_stopped:
             return None
         seconds = time.monotonic() - self._began
         busy = seconds if self._busy_seconds is None else self._busy_seconds

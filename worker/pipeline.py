@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import math
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +18,31 @@ from sqlalchemy import select
 from core import jobs
 from core.config import Settings
 from core.db import Database
-from core.errors import Cause, LeaseLost, ShadowError
+from core.errors import Cause, LeaseLost, ShadowError, StepFailed
 from core.job_spec import JobSpec
 from core.jobs import Claim, NewEvent, Phase, Wish
-from core.models import Job
+from core.models import Job, Team
 from core.storage import Storage
 from worker import inputs, publish
-from worker.lease import Cancelled, Draining, Lease
+from worker.lease import Cancelled, Draining, Lease, Pausing, TimeUp
 from worker.phase_clock import PhaseClock
-from worker.progress import Line, Metrics, Note, Step
-from worker.step_runner import run_step
-from worker.workspace import Workspace
+from worker.progress import Line, Metrics, Note, Saved, Step
+from worker.resume_points import Place, PointKeeper, restore
+from worker.step_runner import Patience, run_step
+from worker.workspace import Workspace, write_durably
+
+#: How often a training's micro-batch is halved, where it runs out of memory.
+MAX_OOM_LEVEL = 3
+#: How often a training that made no step is begun again.
+MAX_STALLS = 1
+#: Of causes that pass by themselves once somebody has made room.
+DISK_CODES = frozenset({"disk_full", "storage_unavailable"})
 
 log = structlog.get_logger(__name__)
+
+
+class OutOfMemory(StepFailed):
+    """The training ran out of memory, and would need less with a smaller micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +77,52 @@ class Run:
         self.lease.heard(wish)
         self.lease.check()
 
-    def step(self, name: str) -> dict[str, Any]:
+    def train(self) -> None:
+        """Train, from the newest saved state on, and have the states stored that it saves meanwhile."""
+        settings = self.context.settings
+        place = Place(self.claim, self.workspace, self.context.database, self.context.storage, self.lease)
+        if not self.workspace.done("train").exists():
+            if restore(place, self.spec) is not None:
+                self.clock.stop()  # the part that is left would be taken for a quick training
+            with self.context.database.reading() as session:
+                oom_level = jobs.budgets(session, self.claim.job_id).oom_level
+            conditions = {"save_seconds": settings.save_seconds, "oom_level": oom_level}
+            write_durably(self.workspace.conditions_file, json.dumps(conditions).encode())
+        patience = Patience(save_grace_seconds=settings.save_grace_seconds, stall_seconds=settings.stall_seconds)
+        micro_batch = 0  # until the training says it
+        with PointKeeper(place) as keeper:
+
+            def follow(lines: Sequence[Line]) -> None:
+                nonlocal micro_batch
+                for line in lines:
+                    if isinstance(line, Saved):
+                        keeper.take(line.step)
+                    if isinstance(line, Note):
+                        micro_batch = line.data.get("micro_batch_size", micro_batch)
+                self.record(lines)
+
+            try:
+                self.step("train", on_lines=follow, patience=patience)
+            except StepFailed as error:
+                if _needs_less_at_once(error.cause, micro_batch):
+                    raise OutOfMemory(error.cause) from error
+                raise
+
+    def step(
+        self,
+        name: str,
+        *,
+        on_lines: Callable[[Sequence[Line]], None] | None = None,
+        patience: Patience | None = None,
+    ) -> dict[str, Any]:
         result = run_step(
             name,
             self.workspace,
             lease=self.lease,
             device=self.context.device,
             grace_seconds=self.context.settings.cancel_grace_seconds,
-            on_lines=self.record,
+            on_lines=on_lines or self.record,
+            patience=patience,
         )
         self.clock.did_step(name, result)
         return result
@@ -98,8 +152,17 @@ def run(context: Context, claim: Claim) -> None:
         _settle(context, claim, jobs.finish_cancelled)
     except Draining:
         _settle(context, claim, jobs.put_back, "The worker is shutting down; the job is queued again")
+    except Pausing:
+        _settle(context, claim, jobs.put_back, None)
+    except TimeUp:
+        _settle(context, claim, jobs.fail, _time_up())
+    except OutOfMemory as error:
+        _ease(context, claim, error.cause)
     except ShadowError as error:
         _judge(context, claim, error.cause)
+    except OSError as error:
+        log.exception("job_crashed")
+        _judge(context, claim, _disk_full() if error.errno in (errno.ENOSPC, errno.EDQUOT) else _our_fault())
     except Exception:  # the job must not stay running because of a fault of ours
         log.exception("job_crashed")
         _judge(context, claim, _our_fault())
@@ -114,7 +177,7 @@ def _tell(run: Run) -> None:
     inputs.fetch(spec, run.workspace, storage=run.context.storage, settings=run.context.settings, check=run.lease.check)
     if spec.kind == "fine_tune":
         run.enter("training", _training(spec))
-        run.step("train")
+        run.train()
     run.enter("grafting", _grafting(spec))
     run.step("graft")
     verdict = ""
@@ -161,11 +224,16 @@ def _publish(run: Run) -> None:
 
 def _lease(context: Context, claim: Claim) -> Lease:
     settings = context.settings
+    counted = time.monotonic()
 
     def beat() -> Wish:
+        nonlocal counted
+        now = time.monotonic()
         with context.database.writing() as session:
-            wish = jobs.beat(session, claim, lease_seconds=settings.lease_seconds)
+            ran = now - counted
+            wish = jobs.beat(session, claim, lease_seconds=settings.lease_seconds, ran_seconds=ran)
             session.commit()
+        counted = now
         return wish
 
     return Lease(
@@ -173,7 +241,16 @@ def _lease(context: Context, claim: Claim) -> Lease:
         lease_seconds=settings.lease_seconds,
         beat_seconds=settings.beat_seconds,
         draining=context.draining,
+        run_seconds=_seconds_left(context, claim),
     )
+
+
+def _seconds_left(context: Context, claim: Claim) -> float:
+    """How long the job may still run, by its team's limit."""
+    with context.database.reading() as session:
+        query = select(Team.max_job_seconds, Job.run_seconds).join(Job, Job.team_id == Team.id)
+        row = session.execute(query.where(Job.id == claim.job_id)).one()
+    return math.inf if row.max_job_seconds is None else row.max_job_seconds - row.run_seconds
 
 
 def _open(context: Context, claim: Claim, lease: Lease) -> Run:
@@ -192,16 +269,56 @@ def _open(context: Context, claim: Claim, lease: Lease) -> Run:
     )
 
 
+def _needs_less_at_once(cause: Cause, micro_batch: int) -> bool:
+    """The trainer knows it; of one that was killed, what it said before tells. One that had said nothing was loading
+    its model, for which no batch is too large."""
+    if cause.code == "step_killed":
+        return micro_batch > 1
+    return cause.code == "out_of_memory" and cause.retryable
+
+
+def _ease(context: Context, claim: Claim, cause: Cause) -> None:
+    """Try again at once with half the rows at a time, the effective batch unchanged; a few times."""
+    tried = _budgets(context, claim).oom_level
+    if tried >= MAX_OOM_LEVEL:
+        _fail(context, claim, cause)
+        return
+    reason = (
+        f"{cause.message} The training goes on with half the rows at a time and the same effective batch "
+        f"({tried + 1} of {MAX_OOM_LEVEL}); the job is queued again"
+    )
+    _settle(context, claim, jobs.put_back, reason, charge="oom_level")
+
+
 def _judge(context: Context, claim: Claim, cause: Cause) -> None:
-    """Try again what the infrastructure failed, while the budget lasts; end the rest with its cause."""
-    if cause.retryable and cause.fault == "infrastructure":
-        with context.database.reading() as session:
-            tried = jobs.infra_retries(session, claim)
-        if tried < context.settings.max_infra_retries:
-            delay = jobs.retry_delay_seconds(tried)
-            reason = f"{cause.message} The job is tried again in about {delay:.0f} s"
-            _settle(context, claim, jobs.put_back, reason, charged=True, delay_seconds=delay)
-            return
+    """Try again what another try may not meet, while the budget lasts; end the rest with its cause."""
+    if not (cause.retryable and cause.fault == "infrastructure"):
+        _fail(context, claim, cause)
+        return
+    spent = _budgets(context, claim)
+    if cause.code in DISK_CODES:
+        delay = jobs.disk_wait_seconds(spent.disk_waits)
+        reason = (
+            f"{cause.message} What is done is kept, and the job is tried again in about {delay:.0f} s. {cause.hint}"
+        )
+        _settle(context, claim, jobs.put_back, reason.strip(), charge="disk_waits", delay_seconds=delay)
+    elif cause.code == "step_stalled" and spent.stall_count < MAX_STALLS:
+        reason = f"{cause.message} The job is queued again"
+        _settle(context, claim, jobs.put_back, reason, charge="stall_count")
+    elif cause.code != "step_stalled" and spent.infra_retries < context.settings.max_infra_retries:
+        delay = jobs.retry_delay_seconds(spent.infra_retries)
+        reason = f"{cause.message} The job is tried again in about {delay:.0f} s"
+        _settle(context, claim, jobs.put_back, reason, charge="infra_retries", delay_seconds=delay)
+    else:
+        _fail(context, claim, cause)
+
+
+def _budgets(context: Context, claim: Claim) -> jobs.Budgets:
+    with context.database.reading() as session:
+        return jobs.budgets(session, claim.job_id)
+
+
+def _fail(context: Context, claim: Claim, cause: Cause) -> None:
     log.warning("job_failed", code=cause.code, cause=cause.message)
     _settle(context, claim, jobs.fail, cause)
 
@@ -216,7 +333,8 @@ def _settle(context: Context, claim: Claim, verb: Callable[..., None], *args: An
 
 
 def _clean_up(context: Context, claim: Claim) -> None:
-    """A job that has ended needs its workspace no more, nor anything stored but not published."""
+    """A job that has ended needs its workspace no more, nor anything stored but not published. The states that its
+    training saved are the sweep's to remove: one that failed can be run again from them."""
     with context.database.reading() as session:
         job = session.execute(select(Job.status, Job.attempt).where(Job.id == claim.job_id)).one()
     if job.status in jobs.TERMINAL:
@@ -233,6 +351,25 @@ def _our_fault() -> Cause:
         hint="The operator finds it in the worker's log.",
         retryable=True,
         fault="infrastructure",
+    )
+
+
+def _disk_full() -> Cause:
+    return Cause(
+        code="disk_full",
+        message="The worker's disk is full.",
+        hint="The operator frees space where SHADOWFT_DATA_DIR lies.",
+        retryable=True,
+        fault="infrastructure",
+    )
+
+
+def _time_up() -> Cause:
+    return Cause(
+        code="time_limit",
+        message="The job has run as long as a job of its team may.",
+        hint="Run it again (POST /v1/fine_tuning/jobs/{id}/retry): it goes on from its last saved state. Or use fewer "
+        "epochs, or ask the operator for a longer limit.",
     )
 
 

@@ -44,7 +44,19 @@ class Note(msgspec.Struct, tag="note", frozen=True, kw_only=True):
     data: dict[str, Any] = {}
 
 
-Line = Step | Metrics | Note
+class Saved(msgspec.Struct, tag="saved", frozen=True, kw_only=True):
+    """A resume point of that step stands whole in the workspace."""
+
+    step: int
+
+
+Line = Step | Metrics | Note | Saved
+
+#: The exit status of a step that was told to leave (SIGUSR1): what it had done stands in a resume point, and it is
+#: not done.
+EXIT_SAVED = 75
+#: The exit status of a step that met a full disk and could not even write down its cause.
+EXIT_DISK_FULL = 74
 
 #: A longer line is not one of ours.
 MAX_LINE_BYTES = 64 * 1024

@@ -1,7 +1,7 @@
 """Start a step as a child process, follow it, and turn its end into a result or a cause.
 
-The child gets its own process group, an environment without secrets, and its lease's remaining seconds on stdin. It
-never outlives this function.
+The child gets its own process group, an environment without secrets, walls around it (worker/sandbox.py), and its
+lease's remaining seconds on stdin. It never outlives this function.
 """
 
 from __future__ import annotations
@@ -14,13 +14,23 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import IO, Any, Protocol
 
-from core.errors import Cause, StepFailed
-from worker.progress import Line, read_lines
+import structlog
+
+from core.config import get_settings
+from core.errors import Cause, StepFailed, Unavailable
+from worker import sandbox
+from worker.lease import Leaving
+from worker.progress import EXIT_DISK_FULL, EXIT_SAVED, Line, Step, read_lines
+from worker.sandbox import Walls
 from worker.workspace import Workspace
 
 #: The code of a step that the kernel ended for the processor time which the step had allowed itself.
@@ -30,6 +40,15 @@ OVER_CPU_LIMIT = "step_over_cpu_limit"
 TICK_SECONDS = 0.1
 #: Between two writes of the child's progress.
 RECORD_SECONDS = 1.0
+#: A training is stuck that takes so many times as long as its steps usually do.
+STALL_STEPS = 10
+#: Steps whose seconds are looked at for what is usual.
+PACES = 50
+#: How much longer than between two steps it may say nothing at its beginning and at its end.
+STALL_EDGES = 4
+#: How long a stuck child gets to write down where it is, and how much of that is kept.
+STACKS_SECONDS = 2.0
+MAX_STACKS_BYTES = 64 * 1024
 #: Lines kept for the next write; a step that says more is not worth a worker's memory.
 MAX_PENDING_LINES = 10_000
 
@@ -59,6 +78,19 @@ _ALWAYS = {
 }
 
 
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How a step is treated that may take days and can save its state."""
+
+    #: How long it may take to save its state, once it is told to leave.
+    save_grace_seconds: float
+    #: How long it may make no step, where its steps do not usually take a good part of that.
+    stall_seconds: float
+
+
 class Leased(Protocol):
     """What the runner asks of a lease."""
 
@@ -74,17 +106,22 @@ def run_step(
     device: str,
     grace_seconds: float,
     on_lines: Callable[[Sequence[Line]], None],
+    patience: Patience | None = None,
 ) -> dict[str, Any]:
     """Run `worker.steps.NAME` on the workspace, unless it is done already, and return its result.json.
 
-    `on_lines` gets the child's progress at most once a second. Whatever it or the lease raises ends the child first.
+    `on_lines` gets the child's progress at most once a second. Whatever it or the lease raises ends the child first;
+    with `patience`, a child that is only to leave is told to save its state, and the reason is raised once it has.
     Raises StepFailed with the cause that the child wrote, or one made from how it died.
     """
     lease.check()
     if not workspace.done(name).exists():
         workspace.begin(name)
         with _child(name, workspace, device, grace_seconds) as process:
-            _follow(process, lease, on_lines)
+            reason = _follow(process, lease, on_lines, workspace.log(name), patience)
+        # SIGUSR1 ends a child that has not begun to listen: there was nothing to save.
+        if reason is not None and process.returncode in (EXIT_SAVED, -signal.SIGUSR1):
+            raise reason
         if process.returncode != 0 or not workspace.done(name).exists():
             raise StepFailed(_cause_of_death(name, workspace, process.returncode))
     result: dict[str, Any] = json.loads(workspace.result(name).read_bytes())
@@ -95,7 +132,13 @@ def run_step(
 def _child(name: str, workspace: Workspace, device: str, grace_seconds: float) -> Iterator[subprocess.Popen[bytes]]:
     with workspace.log(name).open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"worker.steps.{name}", str(workspace.root), "--leased"],
+            sandbox.command(
+                [sys.executable, "-P", "-m", f"worker.steps.{name}", str(workspace.root), "--leased"],
+                walls=walls_around(device),
+                workspace=workspace.root,
+                folder=workspace.step(name),
+                device=device,
+            ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -109,27 +152,138 @@ def _child(name: str, workspace: Workspace, device: str, grace_seconds: float) -
         _end(process, grace_seconds)
 
 
+@cache
+def walls_around(device: str) -> Walls:
+    """The walls that stand around the steps of this process's lane, as a trial showed.
+
+    Raises Unavailable where the setting wants more than this machine offers.
+    """
+    setting = get_settings().sandbox
+    if setting == "off":
+        return Walls()
+    walls = sandbox.find_walls(device)
+    if walls.missing and setting == "require":
+        raise Unavailable(
+            f"SHADOWFT_SANDBOX=require, and not all walls stand here: {walls.missing}",
+            hint="Use a Linux kernel with seccomp and Landlock (5.13 or newer), or SHADOWFT_SANDBOX=auto.",
+        )
+    tell = log.warning if walls.missing else log.info
+    tell("sandbox", device=device, network=walls.network, files=walls.files, missing=walls.missing or None)
+    return walls
+
+
 def _environment(device: str) -> dict[str, str]:
     passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     return {**passed, **_ALWAYS, "CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device.removeprefix("cuda:")}
 
 
-def _follow(process: subprocess.Popen[bytes], lease: Leased, on_lines: Callable[[Sequence[Line]], None]) -> None:
+def _follow(
+    process: subprocess.Popen[bytes],
+    lease: Leased,
+    on_lines: Callable[[Sequence[Line]], None],
+    log_file: Path,
+    patience: Patience | None,
+) -> Leaving | None:
+    """Until the child has ended; why it was told to leave, if it was."""
     lines: queue.Queue[Line] = queue.Queue(MAX_PENDING_LINES)
     reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
     reader.start()
     recorded = 0.0
+    farewell = _Farewell(process, patience)
+    pulse = Pulse(patience.stall_seconds) if patience else None
     while process.poll() is None:
-        lease.check()
+        try:
+            lease.check()
+        except Leaving as reason:
+            farewell.bid(reason)
         _send_deadline(process, lease.remaining())
         if time.monotonic() - recorded >= RECORD_SECONDS and not lines.empty():
-            on_lines(_drain(lines))
+            said = _drain(lines)
+            if pulse:
+                pulse.feel(said, time.monotonic())
+            on_lines(said)
             recorded = time.monotonic()
+        if pulse and not farewell.reason and pulse.is_gone(time.monotonic()):
+            raise StepFailed(_stalled(process, pulse, log_file))
         with suppress(subprocess.TimeoutExpired):
             process.wait(TICK_SECONDS)
     reader.join()
     if not lines.empty():
         on_lines(_drain(lines))
+    return farewell.reason
+
+
+class _Farewell:
+    """Tells a child once that it is to save its state and leave, and waits only so long for it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], patience: Patience | None) -> None:
+        self._process = process
+        self._patience = patience
+        self._until = 0.0
+        #: Why the child was told to leave.
+        self.reason: Leaving | None = None
+
+    def bid(self, reason: Leaving) -> None:
+        """Raises the reason where the child saves nothing, or took too long over it."""
+        if self._patience is None:
+            raise reason
+        if self.reason is None:
+            self.reason = reason
+            self._until = time.monotonic() + self._patience.save_grace_seconds
+            self._process.send_signal(signal.SIGUSR1)
+        if time.monotonic() > self._until:
+            log.warning("save_took_too_long", seconds=self._patience.save_grace_seconds)
+            raise self.reason
+
+
+class Pulse:
+    """Tells a training that is slow from one that is stuck, by what it says. Moments are monotonic seconds."""
+
+    def __init__(self, stall_seconds: float) -> None:
+        self._stall_seconds = stall_seconds
+        self._heard = time.monotonic()
+        self._step: Step | None = None
+        self._step_heard = 0.0
+        #: Seconds that a step took.
+        self._paces: deque[float] = deque(maxlen=PACES)
+
+    def feel(self, lines: Sequence[Line], now: float) -> None:
+        self._heard = now
+        steps = [line for line in lines if isinstance(line, Step)]
+        if not steps:
+            return
+        if self._step is not None:
+            self._paces.append((now - self._step_heard) / len(steps))
+        self._step, self._step_heard = steps[-1], now
+
+    @property
+    def limit(self) -> float:
+        """How long the training may say nothing. Before its first step, and behind its last one, models are read and
+        written, which takes longer."""
+        between = self._step is not None and self._step.step < self._step.total_steps
+        usual = STALL_STEPS * median(self._paces) if self._paces else 0.0
+        return max(usual, self._stall_seconds * (1 if between else STALL_EDGES))
+
+    def is_gone(self, now: float) -> bool:
+        return now - self._heard > self.limit
+
+
+def _stalled(process: subprocess.Popen[bytes], pulse: Pulse, log_file: Path) -> Cause:
+    """End a child that is stuck. Where it is goes from its log into the worker's own, which outlives the job."""
+    before = log_file.stat().st_size
+    process.send_signal(signal.SIGUSR2)  # child.py has the interpreter answer it with the stacks of all threads
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STACKS_SECONDS)
+    _signal_group(process, signal.SIGKILL)
+    stacks = log_file.read_bytes()[before:][:MAX_STACKS_BYTES].decode(errors="replace")
+    log.error("step_stalled", seconds=round(pulse.limit), stacks=stacks)
+    return Cause(
+        code="step_stalled",
+        message=f"The training made no step for {pulse.limit:.0f} s and was ended.",
+        hint="The operator finds in the worker's log where it stood. A larger SHADOWFT_STALL_SECONDS bears more.",
+        retryable=True,
+        fault="infrastructure",
+    )
 
 
 def _read(process: subprocess.Popen[bytes], lines: queue.Queue[Line]) -> None:
@@ -196,6 +350,14 @@ def _unexplained(name: str, returncode: int, last_words: str) -> Cause:
         return Cause(
             code=OVER_CPU_LIMIT,
             message=f"The step '{name}' used up the processor time that it may take.",
+        )
+    if returncode == EXIT_DISK_FULL:
+        return Cause(
+            code="disk_full",
+            message=f"The worker's disk was full while the step '{name}' ran.",
+            hint="The operator frees space where SHADOWFT_DATA_DIR lies.",
+            retryable=True,
+            fault="infrastructure",
         )
     how = f"signal {-returncode}" if returncode < 0 else f"exit status {returncode}"
     return Cause(

@@ -29,6 +29,7 @@ from worker.file_check import check_waiting
 from worker.lane import find_lane
 from worker.pair_check import check_next
 from worker.pipeline import Context, run
+from worker.step_runner import walls_around
 from worker.sweep import Sweeper
 
 log = structlog.get_logger(__name__)
@@ -42,6 +43,8 @@ class WorkerProcess:
         self.id = new_id("worker-")
         settings = get_settings()
         self.lane = find_lane(settings)
+        # Said, or refused, now and not at the first job.
+        walls_around(self.lane.device if queue == "jobs" else "cpu")
         self.context = Context(
             settings=settings,
             database=open_database(settings),

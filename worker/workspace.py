@@ -2,8 +2,10 @@
 
 job.json            JobSpec
 inputs/             training, validation, probes/NAME; base and instruct are links, never copies; of a graft, delta/ is
-                    the change that it grafts; of a check, file or pair.json says what is checked
+                    the change that it grafts; of a check, file or pair.json says what is checked; resume/ is the point
+                    from which a training goes on, conditions.json how it is to go
 train/              adapter/ and checkpoints/step-N/ (LoRA) or model/ (full), metrics.jsonl, result.json
+train/resume/       step-N/: the whole state of the training at that step, manifest.json in it written last
 graft/SCALE/        one model folder for each scale, and its figures in SCALE.json
 graft/delta/        the change of full tuning, where it is to be published
 evaluate/           report.json, report.md
@@ -70,12 +72,31 @@ class Workspace:
         return self.inputs / "pair.json"
 
     @property
+    def resume_points(self) -> Path:
+        """Where a training leaves its points, each in the folder `step-N`."""
+        return self.step("train") / "resume"
+
+    @property
+    def resume_from(self) -> Path:
+        """The point from which the training goes on; absent, it begins."""
+        return self.inputs / "resume"
+
+    @property
+    def conditions_file(self) -> Path:
+        """How the training is to go here and now, beside its spec: `save_seconds` and `oom_level`."""
+        return self.inputs / "conditions.json"
+
+    @property
     def adapter(self) -> Path:
         return self.step("train") / "adapter"
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.step("train") / "checkpoints"
+
     def checkpoint(self, step: int) -> Path:
         """The adapter as it was at the end of an epoch before the last."""
-        return self.step("train") / "checkpoints" / f"step-{step}"
+        return self.checkpoints / f"step-{step}"
 
     @property
     def tuned(self) -> Path:

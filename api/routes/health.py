@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter
-from sqlalchemy import func, select
+from fastapi.responses import JSONResponse
 
 from api.deps import ServiceDep
-from core.db import db_now
-from core.models import Worker
 
 router = APIRouter(tags=["Health"])
 
@@ -21,10 +17,8 @@ def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz")
-def readyz(service: ServiceDep) -> dict[str, Any]:
-    """The database answers. Workers that are away delay jobs and are reported, but requests can be served."""
-    with service.database.reading() as session:
-        alive = Worker.beat_at > db_now(-service.settings.lease_seconds)
-        counts = session.execute(select(Worker.queue, func.count()).where(alive).group_by(Worker.queue)).all()
-    workers = {"jobs": 0, "light": 0, **dict(counts)}
-    return {"status": "ok" if all(workers.values()) else "degraded", "workers": workers}
+def readyz(service: ServiceDep) -> JSONResponse:
+    """Whether requests can be served: database, schema and disk; where they cannot, the status is 503. A broker or
+    workers that are away delay jobs and make it `degraded`, no more."""
+    answer = service.readiness.answer()
+    return JSONResponse(answer, status_code=503 if answer["status"] == "unavailable" else 200)

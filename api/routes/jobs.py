@@ -1,9 +1,9 @@
-"""Fine-tuning jobs: create, list, retrieve, cancel; pause and resume are refused."""
+"""Fine-tuning jobs: create, list, retrieve, cancel, pause, resume, and run again."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -26,13 +26,13 @@ from api.deps import (
     page,
     timestamp,
 )
-from api.idempotency import IntentDep, first_answer, replayed
+from api.idempotency import BareIntentDep, IntentDep, first_answer, replayed
 from api.polling import POLLED, STATUS_ONLY, answer_poll, why_waiting
 from api.routes.unoffered import refuse_integrations, refuse_method
 from api.strict_json import StrictRoute
 from core import jobs
 from core.broker import nudge
-from core.errors import Conflict, InvalidInput, NotFound
+from core.errors import InvalidInput, NotFound
 from core.history import expected_finish
 from core.job_spec import JobKind
 from core.keys import Caller
@@ -303,12 +303,13 @@ _EXAMPLE: dict[str, JsonValue] = {
     "progress": {"step": 120, "total_steps": 500, "loss": 1.31, "eta_seconds": 1500.0},
     "waiting_for": None,
     "attempt": 1,
+    "retry_of": None,
 }
 
 
 class JobObject(BaseModel):
     """A job. Fields beside OpenAI's: `kind`, `phase`, `progress`, `pair`, `shadow`, `pair_check`, `graft_result`,
-    `waiting_for`, `attempt`.
+    `waiting_for`, `attempt`, `retry_of`.
 
     A job of the kind `graft` can be asked for here as well; `GET /v1/grafts/{id}` shows it in its own words.
     """
@@ -323,7 +324,9 @@ class JobObject(BaseModel):
     model: str = Field(description="As the request named it.")
     fine_tuned_model: str | None = Field(description="The new model's name. Null: the job has not succeeded.")
     organization_id: str = Field(description="The team.")
-    status: JobStatus = Field(description="`succeeded`, `failed` and `cancelled` are final.")
+    status: JobStatus = Field(
+        description="`succeeded`, `failed` and `cancelled` are final. `pausing`: it runs until its worker has left it."
+    )
     phase: str | None = Field(
         description="What a worker does just now: `preparing`, `training`, `grafting`, `evaluating`, `publishing` or "
         "`cancelling`. Null: none works on it."
@@ -355,6 +358,7 @@ class JobObject(BaseModel):
     )
     waiting_for: str | None = Field(description="Why it does not move yet, in a sentence. Null: nothing is amiss.")
     attempt: int = Field(description="How often a worker has begun it; more than 1 after an interruption.")
+    retry_of: str | None = Field(description="The job that this one runs again. Null: none.")
 
 
 # --- handlers -------------------------------------------------------------------------------------------------------
@@ -404,35 +408,58 @@ def retrieve_job(job_id: str, request: Request) -> Response:
 @router.post("/{job_id}/cancel", response_model=JobObject)
 def cancel_job(job_id: str, caller: CallerDep, service: ServiceDep) -> Response:
     """Cancel a live job. A running one ends once its worker has stopped the training; poll its status."""
-    with service.database.writing() as session:
-        job = own_job(session, job_id, caller)
-        jobs.request_cancel(session, job_id)
-        session.commit()
-        session.refresh(job)
-        return json_answer(_render(session, job, service))
+    return _ask(job_id, caller, service, jobs.request_cancel)
 
 
 @router.post("/{job_id}/pause", response_model=JobObject)
 def pause_job(job_id: str, caller: CallerDep, service: ServiceDep) -> Response:
-    """Not offered yet: the answer is an error that says so."""
-    with service.database.reading() as session:
-        job = own_job(session, job_id, caller)
-    raise Conflict(
-        f"The job {job.id} is '{job.status}' and cannot be paused: this version pauses no jobs. Let it run, or cancel "
-        "it and submit it again later.",
-        code="job_not_pausable",
-    )
+    """Pause a live job; it keeps no worker busy until it is resumed. One that waits is paused at once.
+
+    A running one is `pausing` first. Its training saves its whole state, and any worker goes on from there. Grafting,
+    evaluating and publishing are short: they are broken off. The worker that had the job goes on with them without
+    training again, if it is the one that takes the job up; another worker repeats the training from its last saved
+    state. Pausing what is paused changes nothing; a job that has ended or is being cancelled is an error, 409.
+    """
+    return _ask(job_id, caller, service, jobs.request_pause)
 
 
 @router.post("/{job_id}/resume", response_model=JobObject)
 def resume_job(job_id: str, caller: CallerDep, service: ServiceDep) -> Response:
-    """Not offered yet: the answer is an error that says so."""
-    with service.database.reading() as session:
+    """Let a paused job go on: it is `queued` again, or `validating_files` where it had not come further.
+
+    One that is `pausing` goes on as well, at the latest after its worker has left it. Resuming a job that goes on
+    anyway changes nothing; a job that has ended or is being cancelled is an error, 409.
+    """
+    answer = _ask(job_id, caller, service, jobs.request_resume)
+    nudge("work")
+    nudge("admit")
+    return answer
+
+
+@router.post("/{job_id}/retry", response_model=JobObject)
+def retry_job(job_id: str, caller: CallerDep, service: ServiceDep, intent: BareIntentDep) -> Response:
+    """Run a job again that failed or was cancelled: a new job with the same request and seed.
+
+    Its training goes on from what the old one had saved, where the data, the models and the tuning are still the same;
+    `retry_of` names the old job. What a failed job saved is kept for a week. A job in another state is an error, 409.
+    """
+    with service.database.writing() as session:
+        own_job(session, job_id, caller)
+        if (earlier := replayed(session, intent)) is not None:
+            return earlier
+        answer = first_answer(session, intent, _render(session, jobs.retry(session, job_id), service))
+        session.commit()
+        nudge("admit")
+        return answer
+
+
+def _ask(job_id: str, caller: Caller, service: Service, verb: Callable[[Session, str], None]) -> Response:
+    with service.database.writing() as session:
         job = own_job(session, job_id, caller)
-    raise Conflict(
-        f"The job {job.id} is '{job.status}', and only a paused job can be resumed; this version pauses no jobs.",
-        code="job_not_resumable",
-    )
+        verb(session, job_id)
+        session.commit()
+        session.refresh(job)
+        return json_answer(_render(session, job, service))
 
 
 def jobs_page(
@@ -555,6 +582,7 @@ def _render(session: Session, job: Job, service: Service) -> dict[str, Any]:
         "integrations": [],
         "shadow": _shown_shadow(job),
         "pair_check": job.pair_check,
+        "retry_of": job.parent_id,
     }
 
 
@@ -566,7 +594,7 @@ def render_life(session: Session, job: Job, service: Service) -> dict[str, Any]:
         "finished_at": timestamp(job.finished_at),
         "fine_tuned_model": job.fine_tuned_model,
         "organization_id": job.team_id,
-        "status": job.status,
+        "status": "pausing" if (job.status, job.wish) == ("running", "pause") else job.status,
         "phase": job.phase,
         "graft_result": job.graft_result,
         "error": job.error,

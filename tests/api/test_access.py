@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import httpx
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import text
 
+from api import readiness
 from api.auth import OPEN_PATHS
+from api.readiness import FRESH_SECONDS
 from core.errors import NotFound
 from core.keys import revoke_key
 from core.models import Worker
 from tests.api.talk import routes, told
-from tests.servers import PLAIN, run_api
+from tests.servers import PLAIN, free_port, run_api
 
 
 @pytest.fixture
@@ -148,7 +152,7 @@ def test_a_database_that_is_away_is_said_so_and_comes_back(fresh_settings, postg
         answer = ran.http.get("/v1/files")
         told(answer, 503, "unavailable")
         assert int(answer.headers["retry-after"]) > 0
-        assert ran.http.get("/readyz").status_code == 503
+        assert looked(ran)[0] == 503
         assert ran.http.get("/healthz").status_code == 200
         postgres.bring_back(settings.database)
         assert ran.http.get("/v1/files").status_code == 200
@@ -194,11 +198,45 @@ def test_a_job_without_a_worker_says_what_it_waits_for(client):
     assert client.http.get(f"/fine_tuning/jobs/{job_id}").json()["waiting_for"] is None
 
 
+def looked(ran):
+    """What /readyz says once it has looked again."""
+    time.sleep(FRESH_SECONDS)
+    answer = ran.http.get("/readyz")
+    return answer.status_code, answer.json()
+
+
 def test_readiness_tells_which_workers_are_missing(fresh_settings, backend, tmp_path):
     with fresh_settings(backend, tmp_path / "data") as settings, run_api(settings) as ran:
-        assert ran.http.get("/readyz").json() == {"status": "degraded", "workers": {"jobs": 0, "light": 0}}
+        fine = {"database": "ok", "schema": "ok", "disk": "ok", "broker": "ok"}
+        assert looked(ran) == (200, {"status": "degraded", **fine, "workers": {"jobs": 0, "light": 0}})
         with ran.database.writing() as session:
             shared = {"host": "h", "pid": 1, "device": "cpu", "lane_memory_bytes": 1, "version": "1"}
             session.add_all(Worker(id=f"worker-{queue}", queue=queue, **shared) for queue in ("jobs", "light"))
             session.commit()
-        assert ran.http.get("/readyz").json() == {"status": "ok", "workers": {"jobs": 1, "light": 1}}
+        assert looked(ran) == (200, {"status": "ok", **fine, "workers": {"jobs": 1, "light": 1}})
+
+
+def test_readiness_tells_of_a_broker_that_is_away_and_goes_on_serving(fresh_settings, tmp_path):
+    url = SecretStr(f"redis://127.0.0.1:{free_port()}/0")
+    with fresh_settings("sqlite", tmp_path / "data", broker_url=url) as settings, run_api(settings) as ran:
+        status, answer = looked(ran)
+        assert (status, answer["status"]) == (200, "degraded")
+        assert "next sweep" in answer["broker"]
+
+
+def test_readiness_tells_of_a_schema_that_is_not_this_versions(fresh_settings, backend, tmp_path):
+    with fresh_settings(backend, tmp_path / "data") as settings, run_api(settings) as ran:
+        with ran.database.writing() as session:
+            session.execute(text("UPDATE alembic_version SET version_num = 'older'"))
+            session.commit()
+        status, answer = looked(ran)
+        assert (status, answer["status"]) == (503, "unavailable")
+        assert answer["schema"].startswith("is older; this version needs ")
+
+
+def test_readiness_tells_of_a_full_disk(fresh_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(readiness, "MIN_FREE_BYTES", 2**62)
+    with fresh_settings("sqlite", tmp_path / "data") as settings, run_api(settings) as ran:
+        status, answer = looked(ran)
+        assert (status, answer["status"]) == (503, "unavailable")
+        assert "MiB left" in answer["disk"]

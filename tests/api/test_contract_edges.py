@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from core.ids import new_id
-from core.jobs import NewEvent, add_events, record
+from core.jobs import NewEvent, add_events, put_back, record
 from core.models import Artifact, Checkpoint, Job
 from tests.api.talk import MODEL, routes, told
 from tests.servers import PLAIN
@@ -48,13 +48,53 @@ def test_the_sdk_hears_it_once(api, client):
 
 
 @pytest.mark.parametrize("act", ["pause", "resume"])
-def test_pause_and_resume_are_refused_once_with_the_reason(client, act):
+def test_a_job_that_has_ended_is_refused_once_with_the_reason(client, act):
     job_id = client.submit()
+    client.http.post(f"/fine_tuning/jobs/{job_id}/cancel")
     answer = client.http.post(f"/fine_tuning/jobs/{job_id}/{act}", headers={"content-type": "application/json"})
-    error = told(answer, 409)
+    error = told(answer, 409, f"job_not_{act.removesuffix('e')}able")
     assert answer.headers["x-should-retry"] == "false"
-    assert "pauses no jobs" in error["message"]
+    assert "'cancelled'" in error["message"]
     told(client.http.post(f"/fine_tuning/jobs/ftjob-x/{act}"), 404, "job_not_found")
+
+
+def test_a_waiting_job_is_paused_at_once_and_resumed_to_where_it_was(client):
+    job_id = client.submit()
+    route = f"/fine_tuning/jobs/{job_id}"
+    for _ in range(2):
+        assert client.http.post(f"{route}/pause").json()["status"] == "paused"
+    assert client.http.get(route).json()["waiting_for"] is None
+    for _ in range(2):
+        assert client.http.post(f"{route}/resume").json()["status"] == "validating_files"
+
+
+def test_a_running_job_is_pausing_until_its_worker_has_left_it(client):
+    job_id = client.submit()
+    held, route = client.start(job_id), f"/fine_tuning/jobs/{job_id}"
+    before = client.http.get(route)
+    assert client.http.post(f"{route}/pause").json()["status"] == "pausing"
+    polled = client.http.get(route, headers={"if-none-match": before.headers["etag"]})
+    assert (polled.status_code, polled.json()["status"]) == (200, "pausing")
+    with client.api.database.writing() as session:
+        put_back(session, held, None)
+        session.commit()
+    assert client.http.get(route).json()["status"] == "paused"
+    assert client.http.post(f"{route}/resume").json()["status"] == "queued"
+    client.http.post(f"{route}/cancel")
+
+
+def test_a_job_run_again_is_a_new_one_and_is_made_once_for_a_key(client):
+    job_id = client.submit(suffix="mine", seed=7)
+    route = f"/fine_tuning/jobs/{job_id}/retry"
+    told(client.http.post(route), 409, "job_not_retryable")
+    client.http.post(f"/fine_tuning/jobs/{job_id}/cancel")
+    first, second = (client.http.post(route, headers={"idempotency-key": "a"}).json() for _ in range(2))
+    assert first == second
+    assert (first["retry_of"], first["status"], first["seed"]) == (job_id, "validating_files", 7)
+    assert first["user_provided_suffix"] == "mine"
+    assert client.http.post(route, content=b"{", headers={"content-type": "application/json"}).status_code == 200
+    assert client.http.post(route).json()["id"] not in {job_id, first["id"]}
+    told(client.http.post("/fine_tuning/jobs/ftjob-x/retry"), 404, "job_not_found")
 
 
 # --- lists ------------------------------------------------------------------------------------------------------------

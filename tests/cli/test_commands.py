@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from core.keys import authenticate
+from core.keys import authenticate, find_team
 from core.models import Worker
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,16 @@ def test_a_key_is_made_used_listed_and_revoked(run, database):
     assert key.split("_")[2] not in listed
     assert run("keys", "revoke", caller.key_id).stdout == f"{caller.key_id} is revoked.\n"
     assert re.search(rf"{caller.key_id}.*laptop.*\d{{4}}.*\d{{4}}", run("keys", "list").stdout)
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_the_time_of_a_teams_jobs_is_limited_and_freed(run, database):
+    run("teams", "create", "blue")
+    assert run("teams", "limit", "blue", "86400").stdout == "Jobs of blue may run 86,400 s.\n"
+    assert "86,400" in run("teams", "list").stdout
+    assert run("teams", "limit", "blue", "0").stdout == "Jobs of blue may run as long as they take.\n"
+    with database.reading() as session:
+        assert find_team(session, "blue").max_job_seconds is None
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,20 @@ def test_jobs_are_listed_shown_and_cancelled(ours, client):
     assert ours("jobs", "get", "../models").status == 1
 
 
+def test_a_job_is_paused_resumed_and_run_again(ours, client):
+    job_id = client.submit()
+    for _ in range(2):
+        assert ours("jobs", "pause", job_id).out == f"{job_id} is paused.\n"
+    assert json.loads(ours("jobs", "resume", job_id, "--format", "json").out)["status"] == "validating_files"
+    assert ours("jobs", "resume", job_id).out == f"{job_id} goes on.\n"
+    early = ours("jobs", "retry", job_id)
+    assert (early.status, "only one that failed or was cancelled" in early.err) == (1, True)
+    ours("jobs", "cancel", job_id)
+    again = ours("jobs", "retry", job_id).out.strip()
+    assert client.http.get(f"/fine_tuning/jobs/{again}").json()["retry_of"] == job_id
+    assert "is 'cancelled' and cannot be paused" in ours("jobs", "pause", job_id).err
+
+
 def test_nothing_that_a_pipe_gets_is_a_control_character(ours, client):
     job_id = client.submit(metadata={"a\x1b[31m": "b\x07\r"})
     add_event(client, job_id, "A message\x1b[2J with \u202e tricks\nand a line")

@@ -416,16 +416,25 @@ def _(world: World) -> None:
 
 @call("fine_tuning.jobs.pause")
 def _(world: World) -> None:
-    job_id = world.submit_and_cancel()
-    pause = world.sdk.fine_tuning.jobs.pause
-    once(world, lambda: refused(openai.ConflictError, lambda: pause(job_id), code="job_not_pausable"))
+    job, pause = world.submit(), world.sdk.fine_tuning.jobs.pause
+    paused = pause(job.id)
+    assert paused.status in {"pausing", "paused"}
+    same(pause(job.id).id, job.id)
+    world.sdk.fine_tuning.jobs.cancel(job.id)
+    ended = world.submit_and_cancel()
+    once(world, lambda: refused(openai.ConflictError, lambda: pause(ended), code="job_not_pausable"))
 
 
 @call("fine_tuning.jobs.resume")
 def _(world: World) -> None:
-    job_id = world.submit_and_cancel()
-    resume = world.sdk.fine_tuning.jobs.resume
-    once(world, lambda: refused(openai.ConflictError, lambda: resume(job_id), code="job_not_resumable"))
+    job, resume = world.submit(), world.sdk.fine_tuning.jobs.resume
+    world.sdk.fine_tuning.jobs.pause(job.id)
+    resumed = resume(job.id)
+    assert resumed.status in STATUSES - {"pausing", "paused"}
+    same(resume(job.id).id, job.id)
+    world.sdk.fine_tuning.jobs.cancel(job.id)
+    ended = world.submit_and_cancel()
+    once(world, lambda: refused(openai.ConflictError, lambda: resume(ended), code="job_not_resumable"))
 
 
 @call("fine_tuning.jobs.list_events and its pages")

@@ -8,8 +8,10 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from sqlalchemy import select, text, update
+from sqlalchemy.exc import DBAPIError, OperationalError
 
-from core.db import db_now
+from core import db
+from core.db import Database, PatientConnection, db_now, take_your_time
 from core.models import Team
 
 
@@ -103,6 +105,46 @@ def test_a_reader_does_not_wait_for_a_writer(database):
         writing.execute(update(Team).values(name="after"))
         with database.reading() as reading:
             assert reading.scalars(select(Team.name)).one() == "before"
+
+
+def test_a_statement_that_is_not_answered_is_given_up_and_the_next_one_is_asked_anew(postgres, monkeypatch):
+    """A server that is frozen, or a line that swallows everything: no error comes of itself."""
+    monkeypatch.setattr(PatientConnection, "answer_seconds", 0.5)
+    with postgres.database() as url:
+        database = Database(url)
+        with pytest.raises(OperationalError, match="has not answered"), database.reading() as session:
+            session.execute(text("SELECT pg_sleep(20)"))
+        with database.reading() as session:
+            assert session.execute(text("SELECT 1")).scalar_one() == 1
+        database.close()
+
+
+def test_a_migration_may_take_longer(postgres, monkeypatch):
+    monkeypatch.setattr(PatientConnection, "answer_seconds", 0.2)
+    with postgres.database() as url:
+        database = Database(url)
+        with database.engine.connect() as connection:
+            take_your_time(connection)
+            connection.execute(text("SELECT pg_sleep(1)"))
+        database.close()
+
+
+def test_a_transaction_that_asks_nothing_is_ended_with_its_locks(postgres, monkeypatch):
+    """Its process is frozen: whoever wants the row would wait until it wakes."""
+    monkeypatch.setattr(db, "IDLE_IN_TRANSACTION_SECONDS", 1)
+    with postgres.database() as url:
+        database = Database(url)
+        add(database, "blue")
+        with database.writing() as frozen:
+            frozen.execute(update(Team).values(name="red"))
+            with database.writing() as other:
+                other.execute(update(Team).values(name="green"))
+                other.commit()
+            with pytest.raises(DBAPIError):
+                frozen.commit()
+        with database.reading() as session:
+            assert session.scalars(select(Team.name)).one() == "green"
+        database.close()
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)

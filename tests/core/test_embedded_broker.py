@@ -11,6 +11,7 @@ import pytest
 from kombu import Connection
 
 import core.broker  # noqa: F401 - it makes the transport known to kombu
+from core import embedded_broker
 
 
 @pytest.fixture
@@ -51,6 +52,12 @@ def test_messages_arrive_in_order_and_once(connect):
     put(connect(), *range(20))
     assert list(take_all(connect())) == list(range(20))
     assert list(take_all(connect())) == []
+
+
+def test_a_queue_that_nobody_reads_does_not_grow_for_ever(connect, monkeypatch):
+    monkeypatch.setattr(embedded_broker, "MAX_WAITING", 5)
+    put(connect(), *range(20))
+    assert list(take_all(connect())) == [0, 1, 2, 3, 4]
 
 
 def test_queues_do_not_mix(connect):

@@ -1,4 +1,5 @@
-"""The life of a job, on both databases: legal moves, the fence, claims, races, the sweep, and a machine of them all."""
+"""The life of a job, on both databases: legal moves, the fence, claims, races, the sweep. Any order of them is in
+test_job_machine.py."""
 
 from __future__ import annotations
 
@@ -11,16 +12,6 @@ from contextlib import suppress
 from functools import partial
 
 import pytest
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
 from sqlalchemy import delete, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError
 
@@ -31,7 +22,7 @@ from core.ids import new_id
 from core.job_spec import DataSource, Evaluation, Graft, JobSpec, ModelSource, PairSource, Tuning
 from core.jobs import Claim, NewEvent, Outcome
 from core.keys import create_team
-from core.models import Artifact, File, Job, JobEvent, Metric, Team, Worker
+from core.models import Artifact, File, Job, JobEvent, Metric, ResumePoint, Worker
 
 CAUSE = Cause(code="some_code", message="It broke.")
 LIVE = ("validating_files", "queued", "running", "paused")
@@ -87,6 +78,21 @@ def make_spec(job_id, *, kind="fine_tune", tuning="lora", left_out=None):
         ),
         fine_tuned_model=f"ft:tiny:blue::{job_id[-8:]}",
     )  # fmt: skip
+
+
+def point(held, step=10, **values):
+    """A saved state whose files are in storage."""
+    return ResumePoint(
+        id=new_id("rpt_"),
+        job_id=held.job_id,
+        attempt=held.attempt,
+        step=step,
+        spec_sha256=make_spec(held.job_id).training_sha256,
+        prefix=f"jobs/{held.job_id}/resume/a{held.attempt}/step-{step}",
+        bytes=1,
+        manifest={"step": step, "files": {}},
+        **values,
+    )
 
 
 def outcome(job_id, team_id):
@@ -190,6 +196,11 @@ MOVES = {
     "sweep (lease holds)": {},
     "sweep (lease ran out)": {"running": "queued"},
     "request_cancel": {**dict.fromkeys(jobs.CANCELLED_AT_ONCE, "cancelled"), "running": "running"},
+    "request_pause": {**dict.fromkeys(jobs.PAUSED_AT_ONCE, "paused"), "running": "running"},
+    "request_resume": {"paused": "queued"},
+    "add_point": {"running": "running"},
+    "set_point_aside": {"running": "running"},
+    "drop_old_points": {"running": "running"},
 }
 
 
@@ -211,6 +222,11 @@ def perform(database, verb, job_id):
         "sweep (lease holds)": lambda: sweep(database),
         "sweep (lease ran out)": lambda: sweep(database),
         "request_cancel": lambda: act(database, jobs.request_cancel, job_id),
+        "request_pause": lambda: act(database, jobs.request_pause, job_id),
+        "request_resume": lambda: act(database, jobs.request_resume, job_id),
+        "add_point": lambda: act(database, jobs.add_point, held, point(held)),
+        "set_point_aside": lambda: act(database, jobs.set_point_aside, held, point(held), "It is damaged"),
+        "drop_old_points": lambda: act(database, jobs.drop_old_points, held),
     }
     with suppress(LeaseLost, Conflict):
         calls[verb]()
@@ -336,7 +352,10 @@ UNDER_A_CLAIM = {
     "succeed": lambda s, held, team: jobs.succeed(s, held, outcome(held.job_id, team)),
     "fail": lambda s, held, team: jobs.fail(s, held, CAUSE),
     "finish_cancelled": lambda s, held, team: jobs.finish_cancelled(s, held),
-    "put_back": lambda s, held, team: jobs.put_back(s, held, "why", charged=True, delay_seconds=9),
+    "put_back": lambda s, held, team: jobs.put_back(s, held, "why", charge="oom_level", delay_seconds=9),
+    "add_point": lambda s, held, team: jobs.add_point(s, held, point(held)),
+    "set_point_aside": lambda s, held, team: jobs.set_point_aside(s, held, point(held), "It is damaged"),
+    "drop_old_points": lambda s, held, team: jobs.drop_old_points(s, held),
 }  # fmt: skip
 
 
@@ -445,7 +464,7 @@ def test_a_job_is_left_alone_before_its_time(database):
 
 def test_a_job_put_back_waits_as_long_as_it_was_told(database):
     job_id = make_job(database, make_team(database))
-    act(database, jobs.put_back, claim(database), "The hub is away", charged=True, delay_seconds=100)
+    act(database, jobs.put_back, claim(database), "The hub is away", charge="infra_retries", delay_seconds=100)
     assert claim(database) is None
     assert (read(database, job_id).infra_retries, read(database, job_id).status) == (1, "queued")
 
@@ -496,13 +515,14 @@ def test_a_cancel_reaches_the_worker_with_its_next_beat(database):
     assert messages(database, job_id)[-1] == "The job has been cancelled"
 
 
-def test_a_job_that_is_cancelled_is_neither_finished_nor_put_back(database):
+@pytest.mark.parametrize("leave", [jobs.put_back, jobs.fail])
+def test_a_job_that_is_cancelled_is_neither_finished_nor_put_back_nor_failed(database, leave):
     team_id = make_team(database)
     job_id = make_job(database, team_id)
     held = claim(database)
     act(database, jobs.request_cancel, job_id)
     assert act(database, jobs.succeed, held, outcome(job_id, team_id)) is False
-    act(database, jobs.put_back, held, "The worker drains")
+    act(database, leave, held, CAUSE if leave is jobs.fail else "The worker drains")
     assert read(database, job_id).status == "cancelled"
     with database.reading() as session:
         assert session.scalars(select(Artifact)).all() == []
@@ -566,6 +586,250 @@ def race(database, job_id, other):
     ended = [m for m in said if m in {"The job has been cancelled", "The job has successfully completed"}]
     assert len(ended) == (job.status in jobs.TERMINAL)
     return job.status
+
+
+# --- pause, resume, and their races -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["validating_files", "queued", "running", "paused"])
+@pytest.mark.parametrize("verb", [jobs.request_pause, jobs.request_resume])
+def test_a_pause_and_a_resume_repeated_change_nothing_more(database, status, verb):
+    job_id = make_job(database, make_team(database), status)
+    act(database, verb, job_id)
+    once = snapshot(database)
+    act(database, verb, job_id)
+    assert snapshot(database) == once
+
+
+@pytest.mark.parametrize("verb", [jobs.request_pause, jobs.request_resume])
+@pytest.mark.parametrize("status", ["succeeded", "failed", "cancelled", "cancelling"])
+def test_what_has_ended_is_neither_paused_nor_resumed(database, verb, status):
+    state = {"status": "running", "wish": "cancel"} if status == "cancelling" else {"status": status}
+    job_id = make_job(database, make_team(database), **state)
+    before = snapshot(database)
+    with pytest.raises(Conflict, match="is being cancelled" if status == "cancelling" else status) as caught:
+        act(database, verb, job_id)
+    assert caught.value.code == ("job_not_pausable" if verb is jobs.request_pause else "job_not_resumable")
+    assert snapshot(database) == before
+
+
+def test_a_running_job_is_paused_once_its_worker_has_left_it(database):
+    job_id = make_job(database, make_team(database))
+    held = claim(database)
+    act(database, jobs.request_pause, job_id)
+    assert act(database, jobs.beat, held, lease_seconds=60) == "pause"
+    assert read(database, job_id).status == "running"
+    act(database, jobs.put_back, held, None)
+    job = read(database, job_id)
+    assert (job.status, job.wish, job.phase, job.lease_until) == ("paused", "run", None, None)
+    assert claim(database) is None
+    act(database, jobs.request_resume, job_id)
+    assert claim(database) == Claim(job_id, 2)
+    assert messages(database, job_id)[-4:] == [
+        "Pausing: the worker saves what it has done",
+        "The job is paused",
+        "The job is resumed",
+        "Fine-tuning job started again (attempt 2)",
+    ]
+
+
+def test_a_pause_that_is_taken_back_in_time_leaves_the_job_in_the_queue(database):
+    job_id = make_job(database, make_team(database))
+    held = claim(database)
+    act(database, jobs.request_pause, job_id)
+    act(database, jobs.request_resume, job_id)
+    assert act(database, jobs.beat, held, lease_seconds=60) == "run"
+    act(database, jobs.put_back, held, None)
+    assert read(database, job_id).status == "queued"
+
+
+def test_a_job_that_was_never_admitted_is_resumed_to_where_it_was(database):
+    job_id = make_job(database, make_team(database), "validating_files", spec=None)
+    act(database, jobs.request_pause, job_id)
+    assert act(database, jobs.admit, job_id, make_spec(job_id), memory_bytes=1) is False
+    act(database, jobs.request_resume, job_id)
+    assert read(database, job_id).status == "validating_files"
+
+
+def test_a_resumed_job_waits_no_longer_for_what_it_had_waited_for(database):
+    job_id = make_job(database, make_team(database), not_before=db_now(100))
+    act(database, jobs.request_pause, job_id)
+    act(database, jobs.request_resume, job_id)
+    assert claim(database) == Claim(job_id, 1)
+
+
+def test_a_job_whose_worker_dies_while_it_is_to_be_paused_is_paused(database):
+    job_id = make_job(database, make_team(database))
+    claim(database)
+    act(database, jobs.request_pause, job_id)
+    expire(database, job_id)
+    assert sweep(database).lost == [job_id]
+    job = read(database, job_id)
+    assert (job.status, job.wish, job.lost_count) == ("paused", "run", 1)
+
+
+def test_a_cancel_comes_before_a_pause_and_a_success_too(database):
+    team_id = make_team(database)
+    for end in ("cancelled", "succeeded"):
+        job_id = make_job(database, team_id)
+        held = claim(database)
+        act(database, jobs.request_pause, job_id)
+        if end == "cancelled":
+            act(database, jobs.request_cancel, job_id)
+            act(database, jobs.put_back, held, None)
+        else:
+            assert act(database, jobs.succeed, held, outcome(job_id, team_id))
+        assert read(database, job_id).status == end
+
+
+def test_owners_who_pause_resume_and_cancel_at_once_leave_one_state(database):
+    team_id = make_team(database)
+    for _ in range(15):
+        job_id = make_job(database, team_id)
+        held = claim(database)
+        verbs = (jobs.request_pause, jobs.request_resume, jobs.request_cancel)
+
+        def ask(number, job_id=job_id, held=held, verbs=verbs):
+            with suppress(Conflict, LeaseLost):
+                if number < 3:
+                    act(database, verbs[number], job_id)
+                else:
+                    act(database, jobs.put_back, held, "The worker drains")
+
+        run_together(4, ask)
+        job = read(database, job_id)
+        if job.status == "running":  # the worker was refused by nobody: it has not been heard yet
+            pytest.fail("a job that was put back is still running")
+        assert (job.status, job.lease_until) == ("cancelled", None)
+        assert sum(said == "The job has been cancelled" for said in messages(database, job_id)) == 1
+
+
+# --- saved states, and jobs run again --------------------------------------------------------------------------------
+
+
+def save(database, held, *steps, **values):
+    for step in steps:
+        act(database, jobs.add_point, held, point(held, step, **values))
+
+
+def saved(database, job_id):
+    with database.reading() as session:
+        return [found.step for found in jobs.ready_points(session, job_id)]
+
+
+def test_the_newest_saved_states_are_kept_and_the_others_are_to_be_deleted(database):
+    job_id = make_job(database, make_team(database))
+    held = claim(database)
+    save(database, held, 10, 20, 30)
+    save(database, held, 40, status="bad")
+    assert act(database, jobs.drop_old_points, held) == [
+        f"jobs/{job_id}/resume/a1/step-10",
+        f"jobs/{job_id}/resume/a1/step-40",
+    ]
+    assert saved(database, job_id) == [30, 20]
+    assert messages(database, job_id)[-1] == "Saved the training's state at step 40"
+
+
+def test_a_saved_state_set_aside_is_not_gone_on_from(database):
+    job_id = make_job(database, make_team(database))
+    held = claim(database)
+    save(database, held, 10, 20)
+    with database.reading() as session:
+        newest = jobs.ready_points(session, job_id)[0]
+    act(database, jobs.set_point_aside, held, newest, "The state of step 20 is damaged")
+    assert saved(database, job_id) == [10]
+    assert messages(database, job_id)[-1] == "The state of step 20 is damaged"
+
+
+def end_long_ago(database, job_id, status, seconds):
+    with database.writing() as session:
+        values = {"status": status, "phase": None, "lease_until": None, "finished_at": db_now(-seconds)}
+        session.execute(update(Job).where(Job.id == job_id).values(**values))
+        session.commit()
+
+
+@pytest.mark.parametrize(
+    ("status", "seconds", "kept"),
+    [("succeeded", 0, []), ("cancelled", 0, []), ("failed", 3600, [10]), ("failed", 8 * 24 * 3600, [])],
+)
+def test_what_an_ended_job_saved_is_kept_only_where_it_can_be_run_again(database, status, seconds, kept):
+    job_id = make_job(database, make_team(database))
+    save(database, claim(database), 10)
+    end_long_ago(database, job_id, status, seconds)
+    gone = act(database, jobs.drop_ended_points)
+    assert saved(database, job_id) == kept
+    assert gone == ([] if kept else [f"jobs/{job_id}/resume/a1/step-10"])
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+def test_a_job_run_again_is_a_new_one_that_goes_on_from_what_the_old_one_saved(database, status):
+    team_id = make_team(database)
+    old = make_job(database, team_id, suffix="mine", labels={"a": "b"})
+    save(database, claim(database), 10, 20)
+    end_long_ago(database, old, status, 1)
+
+    new = act(database, jobs.retry, old)
+
+    job, before = read(database, new.id), read(database, old)
+    assert (job.status, job.parent_id, job.attempt) == ("validating_files", old, 0)
+    assert (job.request, job.seed, job.suffix, job.labels) == (before.request, before.seed, "mine", {"a": "b"})
+    assert saved(database, new.id) == [20, 10]
+    assert messages(database, new.id)[-1] == f"This job runs {old} again from the state that it saved at step 20"
+    assert before.status == status
+
+    # The files stay as long as either job may go on from them.
+    end_long_ago(database, old, "failed", 8 * 24 * 3600)
+    assert act(database, jobs.drop_ended_points) == []
+    end_long_ago(database, new.id, "succeeded", 0)
+    assert len(act(database, jobs.drop_ended_points)) == 2
+
+
+@pytest.mark.parametrize("status", [*LIVE, "succeeded"])
+def test_only_what_failed_or_was_cancelled_is_run_again(database, status):
+    job_id = make_job(database, make_team(database), status)
+    before = snapshot(database)
+    with pytest.raises(Conflict, match=status) as caught:
+        act(database, jobs.retry, job_id)
+    assert caught.value.code == "job_not_retryable"
+    assert snapshot(database) == before
+
+
+def test_a_spec_hash_tells_what_the_training_depends_on_and_nothing_else():
+    spec = make_spec("ftjob-1")
+    others = {"job_id": "ftjob-2", "fine_tuned_model": "ft:x", "graft": Graft(scale=2, scope="all")}
+    assert spec.model_copy(update=others).training_sha256 == spec.training_sha256
+    for name, value in {
+        "seed": 2,
+        "holdout_ratio": 0.2,
+        "strategy": "direct",
+        "training": spec.training.model_copy(update={"sha256": "1" * 64}),
+        "tuning": spec.tuning.model_copy(update={"learning_rate": 2e-3}),
+    }.items():
+        assert spec.model_copy(update={name: value}).training_sha256 != spec.training_sha256, name
+
+
+def test_what_a_return_to_the_queue_costs_is_counted_where_it_belongs(database):
+    job_id = make_job(database, make_team(database))
+    for budget in ("infra_retries", "stall_count", "disk_waits", "oom_level"):
+        act(database, jobs.put_back, claim(database), budget, charge=budget)
+        with database.reading() as session:
+            assert getattr(jobs.budgets(session, job_id), budget) == 1
+    save(database, claim(database), 10)
+    with database.reading() as session:  # it gets on again
+        assert jobs.budgets(session, job_id) == jobs.Budgets(1, 1, 0, 1)
+
+
+def test_waits_for_room_on_a_disk_grow_to_a_quarter_of_an_hour():
+    assert [jobs.disk_wait_seconds(waited) for waited in range(6)] == [60, 120, 240, 480, 900, 900]
+
+
+def test_the_time_that_workers_had_a_job_is_summed_over_its_attempts(database):
+    job_id = make_job(database, make_team(database))
+    for _ in range(2):
+        held = claim(database)
+        act(database, jobs.beat, held, lease_seconds=60, ran_seconds=1.5)
+        act(database, jobs.put_back, held, "The worker drains")
+    assert read(database, job_id).run_seconds == 3.0
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
@@ -712,110 +976,7 @@ def test_the_database_refuses_a_row_that_no_verb_could_write(database, name):
         session.execute(update(Job).where(Job.id == job_id).values(**IMPOSSIBLE[name]))
 
 
-# --- all of it at once ------------------------------------------------------------------------------------------------
-
-
-class Life(RuleBasedStateMachine):
-    """Any order of verbs by owners, workers (two of them, possibly dead) and the sweep, over a few jobs."""
-
-    database = None
-
-    @initialize()
-    def begin(self):
-        with self.database.writing() as session:
-            for table in (Metric, Artifact, JobEvent, Job, File, Team):
-                session.execute(delete(table))
-            session.commit()
-        self.team_id = make_team(self.database)
-        self.jobs: list[str] = []
-        self.claims: list[Claim] = []
-        #: What a job's row was when it ended, and the highest attempt seen.
-        self.ended: dict[str, tuple] = {}
-        self.attempts: dict[str, int] = {}
-
-    any_job = st.integers(0, 3)
-    any_claim = st.integers(0, 7)
-
-    @precondition(lambda self: len(self.jobs) < 4)
-    @rule()
-    def submit(self):
-        self.jobs.append(make_job(self.database, self.team_id, "validating_files"))
-
-    @precondition(lambda self: self.jobs)
-    @rule(which=any_job, good=st.booleans())
-    def admission(self, which, good):
-        job_id = self.jobs[which % len(self.jobs)]
-        if good:
-            act(self.database, jobs.admit, job_id, make_spec(job_id), memory_bytes=1)
-        else:
-            act(self.database, jobs.refuse, job_id, CAUSE)
-
-    @rule(worker=st.integers(1, 2))
-    def claim(self, worker):
-        if held := claim(self.database, f"worker-{worker}"):
-            assert held.attempt > self.attempts.get(held.job_id, 0)
-            self.claims.append(held)
-
-    @precondition(lambda self: self.claims)
-    @rule(which=any_claim, verb=st.sampled_from(sorted(UNDER_A_CLAIM)))
-    def work(self, which, verb):
-        held = self.claims[-1 - which % len(self.claims)]
-        before = self.rows()
-        try:
-            act(self.database, UNDER_A_CLAIM[verb], held, self.team_id)
-        except LeaseLost:
-            assert self.rows() == before
-
-    @precondition(lambda self: self.jobs)
-    @rule(which=any_job)
-    def cancel(self, which):
-        job_id = self.jobs[which % len(self.jobs)]
-        with suppress(Conflict):
-            act(self.database, jobs.request_cancel, job_id)
-            job = read(self.database, job_id)
-            assert job.status == "cancelled" or (job.status, job.wish) == ("running", "cancel")
-
-    @precondition(lambda self: self.jobs)
-    @rule(which=any_job)
-    def time_passes(self, which):
-        job_id = self.jobs[which % len(self.jobs)]
-        if read(self.database, job_id).status == "running":
-            expire(self.database, job_id)
-        with self.database.writing() as session:
-            session.execute(update(Job).values(not_before=None))
-            session.commit()
-
-    @rule()
-    def sweep(self):
-        sweep(self.database)
-
-    def rows(self):
-        with self.database.reading() as session:
-            found = session.execute(select(Job.__table__).order_by(Job.id)).all()
-            return [tuple(row) for row in found]
-
-    @invariant()
-    def holds(self):
-        with self.database.reading() as session:
-            for job in session.scalars(select(Job)):
-                numbers = session.scalars(select(JobEvent.seq).where(JobEvent.job_id == job.id).order_by(JobEvent.seq))
-                self.check(job, numbers.all())
-
-    def check(self, job, numbers):
-        assert numbers == list(range(1, job.event_count + 1))
-        assert job.attempt >= self.attempts.get(job.id, 0)
-        self.attempts[job.id] = job.attempt
-        if job.status == "running":  # at most one live claim, and it is the newest
-            assert job.attempt == max(held.attempt for held in self.claims if held.job_id == job.id)
-        if job.status in jobs.TERMINAL:
-            now = (job.status, job.attempt, job.event_count, job.finished_at)
-            assert self.ended.setdefault(job.id, now) == now
-
-
-def test_every_order_of_verbs_keeps_the_promises(database):
-    examples = 20 if database.engine.dialect.name == "sqlite" else 10
-    limits = hypothesis_settings(max_examples=examples, stateful_step_count=25, deadline=None)
-    run_state_machine_as_test(type("LifeHere", (Life,), {"database": database}), settings=limits)
+# --- admissions tried again -------------------------------------------------------------------------------------------
 
 
 def test_a_postponed_admission_waits_says_why_and_ends_once_its_retries_are_spent(database):

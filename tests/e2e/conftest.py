@@ -53,17 +53,20 @@ class Ready(NamedTuple):
 @pytest.fixture(scope="session")
 def make_ready(running_service: Callable[..., Running], tiny: Tiny) -> Callable[..., Ready]:
     def make(env: dict[str, str] | None = None, *, fresh: bool = False) -> Ready:
-        ran = running_service({"SHADOWFT_MODEL_ROOTS": str(tiny.folder), **(env or {})}, fresh=fresh)
-        client = OpenAI(base_url=f"{ran.url}/v1", api_key=ran.key, max_retries=0)
-        names = [pair["name"] for pair in client.get("/pairs", cast_to=dict[str, Any])["data"]]
-        if "tiny" not in names:
-            pair = {"name": "tiny", "base": str(tiny.base), "instruct": str(tiny.instruct)}
-            client.post("/pairs", body=pair, cast_to=dict[str, Any])
-        with tiny.rows.open("rb") as rows:
-            file = client.files.create(file=rows, purpose="fine-tune")
-        return Ready(ran.url, Path(ran.data_dir), ran.process, client, file.id)
+        return prepare(running_service({"SHADOWFT_MODEL_ROOTS": str(tiny.folder), **(env or {})}, fresh=fresh), tiny)
 
     return make
+
+
+def prepare(ran: Running, tiny: Tiny) -> Ready:
+    client = OpenAI(base_url=f"{ran.url}/v1", api_key=ran.key, max_retries=0)
+    names = [pair["name"] for pair in client.get("/pairs", cast_to=dict[str, Any])["data"]]
+    if "tiny" not in names:
+        pair = {"name": "tiny", "base": str(tiny.base), "instruct": str(tiny.instruct)}
+        client.post("/pairs", body=pair, cast_to=dict[str, Any])
+    with tiny.rows.open("rb") as rows:
+        file = client.files.create(file=rows, purpose="fine-tune")
+    return Ready(ran.url, Path(ran.data_dir), ran.process, client, file.id)
 
 
 @pytest.fixture

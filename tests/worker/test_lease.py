@@ -13,7 +13,7 @@ from core.errors import LeaseLost
 from core.models import Job
 from tests.core.test_jobs import act, claim, make_job, make_team, read
 from tests.servers import wait_until
-from worker.lease import Cancelled, Draining, Lease
+from worker.lease import Cancelled, Draining, Lease, Pausing, TimeUp
 
 
 @pytest.fixture
@@ -109,6 +109,28 @@ def test_a_worker_that_shuts_down_is_heard_at_once(lease, draining):
         draining.set()
         with pytest.raises(Draining):
             lease.check()
+
+
+def test_a_pause_is_heard_with_the_next_beat_and_a_resume_too(database, held, lease):
+    with lease:
+        act(database, jobs.request_pause, held.job_id)
+        wait_until(lambda: stopped(lease, Pausing))
+        lease.check_held()  # what saves the state may be brought to its end
+        act(database, jobs.request_resume, held.job_id)
+        wait_until(lambda: not stopped(lease, Pausing))
+
+
+def test_a_cancel_lets_nothing_be_saved_any_more(lease):
+    with lease:
+        lease.heard("cancel")
+        with pytest.raises(Cancelled):
+            lease.check_held()
+
+
+def test_the_time_of_a_job_is_up_after_what_is_left_of_it(draining):
+    with Lease(lambda: "run", lease_seconds=60, beat_seconds=60, draining=draining, run_seconds=0.2) as lease:
+        wait_until(lambda: stopped(lease, TimeUp))
+        lease.check_held()
 
 
 def test_a_lost_lease_goes_before_a_cancel_and_a_shutdown(database, held, lease, draining):

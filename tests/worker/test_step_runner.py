@@ -16,8 +16,8 @@ import pytest
 from core.errors import LeaseLost, StepFailed
 from tests.servers import wait_until
 from worker.lease import Cancelled, Draining, Lease
-from worker.progress import Step
-from worker.step_runner import run_step
+from worker.progress import Note, Step
+from worker.step_runner import Pulse, run_step
 from worker.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
@@ -204,6 +204,40 @@ def test_a_child_knows_no_secret(workspace, lease, monkeypatch):
     assert "canary" not in str(environment)
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+# --- a training that makes no step ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pulse(monkeypatch):
+    monkeypatch.setattr("worker.step_runner.time.monotonic", lambda: 0.0)
+    return Pulse(900)
+
+
+def step(number):
+    return [Step(step=number, total_steps=10)]
+
+
+def test_a_training_has_longer_before_its_first_step_and_after_its_last(pulse):
+    assert (pulse.is_gone(3599), pulse.is_gone(3601)) == (False, True)
+    pulse.feel(step(1), 10.0)
+    assert (pulse.is_gone(909), pulse.is_gone(911)) == (False, True)
+    pulse.feel(step(10), 20.0)
+    assert (pulse.is_gone(3619), pulse.is_gone(3621)) == (False, True)
+
+
+def test_a_training_of_long_steps_has_ten_of_them(pulse):
+    for number in range(1, 5):
+        pulse.feel(step(number), 200.0 * number)
+    pulse.feel(step(5) + step(6), 1200.0)
+    assert (pulse.is_gone(1200 + 1999), pulse.is_gone(1200 + 2001)) == (False, True)
+
+
+def test_whatever_a_training_says_is_a_sign_of_life(pulse):
+    pulse.feel(step(1), 10.0)
+    pulse.feel([Note(level="info", message="Measuring")], 900.0)
+    assert not pulse.is_gone(1700)
 
 
 # --- a supervisor that dies or freezes --------------------------------------------------------------------------------

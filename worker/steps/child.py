@@ -2,11 +2,14 @@
 
 A step is a program: `python -m worker.steps.train FOLDER` runs one by hand. The supervisor adds `--leased` and writes
 to the step's stdin, over and over, when the lease ends. The kernel's alarm clock enforces it, so a step ends even when
-its supervisor is frozen and its own interpreter is stuck; the end of stdin means that the supervisor is gone.
+its supervisor is frozen and its own interpreter is stuck; the end of stdin means that the supervisor is gone. SIGUSR2
+puts the stacks of all threads into the step's log, also where the interpreter is stuck.
 """
 
 from __future__ import annotations
 
+import errno
+import faulthandler
 import io
 import json
 import os
@@ -16,17 +19,23 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from core.errors import Cause, ShadowError
-from worker.progress import ProgressWriter
+from worker.progress import EXIT_DISK_FULL, ProgressWriter
 from worker.workspace import Workspace, write_durably
 
 #: A step does its work in the workspace and returns what belongs in its result.json.
 StepMain = Callable[[Workspace, ProgressWriter], dict[str, Any]]
 
 EXIT_FAILED = 1
+
+#: How torch, CUDA and their libraries say that memory ran out where they raise no class of its own.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+#: How safetensors says that the disk is full: its errors carry no number.
+_DISK_FULL = tuple(f"(os error {number})" for number in (errno.ENOSPC, errno.EDQUOT))
 
 #: All that a pipe holds.
 _PIPE_BYTES = 64 * 1024
@@ -37,28 +46,41 @@ def run(name: str, main: StepMain) -> None:
     workspace = Workspace(Path(sys.argv[1]).resolve())
     workspace.step(name).mkdir(parents=True, exist_ok=True)
     progress = ProgressWriter(_own_stdout())
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     if "--leased" in sys.argv[2:]:
         threading.Thread(target=_obey_lease, daemon=True).start()
     try:
         result = main(workspace, progress)
+        write_durably(workspace.result(name), json.dumps(result).encode())
+        write_durably(workspace.done(name), b"{}")
     except Exception as error:  # noqa: BLE001 - the one place where a step's failure becomes a cause
-        traceback.print_exc()
-        write_durably(workspace.failure(name), json.dumps(cause_of(error).as_dict()).encode())
-        sys.exit(EXIT_FAILED)
-    write_durably(workspace.result(name), json.dumps(result).encode())
-    write_durably(workspace.done(name), b"{}")
+        with suppress(OSError):  # the log may lie on a full disk
+            traceback.print_exc()
+        sys.exit(_leave_cause(workspace.failure(name), cause_of(error)))
+
+
+def _leave_cause(path: Path, cause: Cause) -> int:
+    """Write the cause down; the exit status with which to go."""
+    try:
+        write_durably(path, json.dumps(cause.as_dict()).encode())
+    except OSError as error:
+        return EXIT_DISK_FULL if is_disk_full(error) else EXIT_FAILED
+    return EXIT_FAILED
 
 
 def cause_of(error: Exception) -> Cause:
     """Put a step's exception into words for the job's owner."""
     if isinstance(error, ShadowError):
         return error.cause
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
+        return out_of_memory(error)
+    if is_disk_full(error):
         return Cause(
-            code="out_of_memory",
-            message=f"The step ran out of memory: {_first_line(error)}",
-            hint="Use a smaller batch_size, max_length or rank, or LoRA instead of full tuning.",
-            fault="memory",
+            code="disk_full",
+            message=f"The worker's disk is full: {_first_line(error)}",
+            hint="The operator frees space where SHADOWFT_DATA_DIR lies.",
+            retryable=True,
+            fault="infrastructure",
         )
     return Cause(
         code="step_crashed",
@@ -69,12 +91,31 @@ def cause_of(error: Exception) -> Cause:
     )
 
 
+def out_of_memory(error: Exception, *, retryable: bool = False) -> Cause:
+    """`retryable` where a smaller micro-batch would need less memory; the job itself stays what it is."""
+    return Cause(
+        code="out_of_memory",
+        message=f"The step ran out of memory: {_first_line(error)}",
+        hint="Use a smaller batch_size, max_length or rank, or LoRA instead of full tuning.",
+        retryable=retryable,
+        fault="memory",
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in _DISK_FULL)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:300]
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _own_stdout() -> io.RawIOBase:

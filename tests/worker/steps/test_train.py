@@ -21,7 +21,7 @@ from core.job_spec import ModelSource
 from tests.worker.steps import tiny
 from worker.chat_text import split_rows
 from worker.progress import Metrics, Note, Step
-from worker.steps import graft, train
+from worker.steps import graft, train, train_output, train_watch
 from worker.workspace import Workspace
 
 # PEFT 0.21 asks transformers 5.23 by a name that is going away.
@@ -120,7 +120,7 @@ def test_the_ends_of_epochs_are_checkpoints_with_what_was_told_of_them(lora, ful
         told = {line.step: line for line in metrics(run_)}
         for checkpoint in run_.result["checkpoints"]:
             line, kept = told[checkpoint["step"]], checkpoint["metrics"]
-            assert kept == {name: getattr(line, name) for name in train.CHECKPOINT_METRICS}
+            assert kept == {name: getattr(line, name) for name in train_watch.CHECKPOINT_METRICS}
 
 
 def test_the_adapter_of_an_earlier_epoch_is_kept_whole_and_the_last_one_is_the_adapter(lora, full):
@@ -149,7 +149,7 @@ def test_the_last_epochs_are_kept_and_the_best_one(losses, kept):
     checkpoints, gone = [], set()
     for step, loss in enumerate(losses):
         checkpoints.append({"step": step, "metrics": {} if loss is None else {"valid_loss": loss}})
-        gone |= set(train.drop_old(checkpoints))
+        gone |= set(train_watch.drop_old(checkpoints))
     assert [one["step"] for one in checkpoints] == kept
     assert gone == set(range(len(losses))) - set(kept)
 
@@ -347,13 +347,13 @@ def test_a_model_with_experts_is_trained_and_grafted(tmp_path, tuning):
 
 def test_a_tuned_model_with_other_tensors_is_refused(models, tmp_path):
     tiny.save_model(tmp_path / "tuned", tiny.make_model(0, tied=False), dtype=torch.float32)
-    train.require_same_tensors(tmp_path / "tuned", models / "base")
+    train_output.require_same_tensors(tmp_path / "tuned", models / "base")
     other = load_file(models / "base" / "model.safetensors")
     renamed = {name.replace("q_proj", "query"): tensor for name, tensor in other.items()}
     (tmp_path / "renamed").mkdir()
     save_file(renamed, tmp_path / "renamed" / "model.safetensors")
     with pytest.raises(StepFailed, match="does not match its start checkpoint in 4 tensors"):
-        train.require_same_tensors(tmp_path / "renamed", models / "base")
+        train_output.require_same_tensors(tmp_path / "renamed", models / "base")
 
 
 @pytest.mark.parametrize(
@@ -365,11 +365,11 @@ def test_the_micro_batch_divides_the_batch_within_the_budget(batch, longest, bud
 
 
 def test_measurements_are_few_and_end_with_the_last_step():
-    assert train.measuring_steps(9, 2) == {5, 9}
-    assert train.measuring_steps(3, 10) == {1, 2, 3}
-    assert max(train.measuring_steps(997, 10)) == 997
+    assert train_watch.measuring_steps(9, 2) == {5, 9}
+    assert train_watch.measuring_steps(3, 10) == {1, 2, 3}
+    assert max(train_watch.measuring_steps(997, 10)) == 997
 
 
 def test_a_model_is_named_as_others_know_it():
-    assert train.public_name(ModelSource(kind="hub", location="owner/model", revision="abc")) == "owner/model"
-    assert train.public_name(ModelSource(kind="local", location="/srv/models/mine")) == "mine"
+    assert train_output.public_name(ModelSource(kind="hub", location="owner/model", revision="abc")) == "owner/model"
+    assert train_output.public_name(ModelSource(kind="local", location="/srv/models/mine")) == "mine"

@@ -1,0 +1,238 @@
+"""A database that dies, is slow, is mute, is full of connections, or whose lock somebody took into a deep sleep."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+from sqlalchemy import select
+
+from core.models import Job
+from tests.faults.checker import check
+from tests.faults.faults import ROOT, can_write
+from tests.servers import HOST, die_with_parent, wait_until
+
+#: They share their services.
+pytestmark = pytest.mark.xdist_group("faults")
+
+
+def answers(service) -> int:
+    """What the API says to a submission just now; 0 for nothing."""
+    with service.http as http:
+        body = {"model": "qwen2.5-0.5b", "training_file": service._file, "metadata": {"steps": "1"}}
+        try:
+            answer = http.post("/v1/fine_tuning/jobs", json=body)
+        except httpx.TransportError:
+            return 0
+    if answer.status_code == 200:
+        service.accepted.append(answer.json()["id"])
+    return answer.status_code
+
+
+# --- PostgreSQL that dies ---------------------------------------------------------------------------------------------
+
+
+def test_a_database_that_dies_in_the_middle_of_a_job_and_comes_back_in_time_costs_nothing(on_servers):
+    """F31: shorter than a lease. Meanwhile the API says that it cannot, and no half job comes of it."""
+    service, postgres = on_servers.service, on_servers.postgres
+    service.submit()
+    (job_id,) = service.submit(steps=40, seconds=0.1)
+    service.wait_for_step(job_id, 3)
+    postgres.crash()
+    assert answers(service) == 503
+    postgres.start()
+    service.wait([job_id])
+    wait_until(lambda: answers(service) == 200)
+    service.wait(service.accepted)
+    check(service)
+    assert service.statuses([job_id]) == ["succeeded"]
+
+
+@pytest.mark.slow
+def test_a_database_that_is_away_for_longer_than_a_lease_costs_an_attempt_and_no_more(on_servers):
+    """F31: nobody can renew a lease, so the child ends itself, and the job goes on elsewhere afterwards."""
+    service, postgres = on_servers.service, on_servers.postgres
+    (job_id,) = service.submit(steps=80, seconds=0.1)
+    service.wait_for_step(job_id, 3)
+    postgres.crash()
+    time.sleep(service.settings.lease_seconds + 3)
+    assert service.children() == []
+    postgres.start()
+    service.wait([job_id])
+    check(service)
+    assert service.statuses([job_id]) == ["succeeded"]
+    assert service.job(job_id).attempt == 2
+
+
+@pytest.mark.slow
+def test_a_database_that_dies_every_few_seconds_loses_no_job(on_servers):
+    """F32, for a minute."""
+    service, postgres = on_servers.service, on_servers.postgres
+    service.start("jobs-2")
+    service.submit()
+    ended = threading.Event()
+
+    def go_on_submitting():
+        while not ended.wait(1):
+            answers(service)
+
+    submitting = threading.Thread(target=go_on_submitting)
+    submitting.start()
+    for _ in range(8):
+        time.sleep(6)
+        postgres.crash()
+        time.sleep(0.5)
+        postgres.start()
+    ended.set()
+    submitting.join()
+    service.wait(service.accepted, seconds=180)
+    check_but_unheard(service)
+
+
+def check_but_unheard(service):
+    """A commit whose answer was lost made a job that nobody was told of: that is what idempotency keys are for."""
+    with service.database.reading() as session:
+        service.accepted = list(session.scalars(select(Job.id)))
+    service.wait(service.accepted)
+    check(service)
+
+
+@pytest.mark.slow
+def test_a_slow_database_costs_no_lease(on_servers):
+    """F33: every word to it takes a fifth of a second, so that a beat takes a good part of its interval."""
+    service = on_servers.service
+    (job_id,) = service.submit(steps=40, seconds=0.1)
+    service.wait_for_step(job_id)
+    on_servers.to_postgres.delay = 0.2
+    try:
+        service.wait([job_id], seconds=90)
+    finally:
+        on_servers.to_postgres.delay = 0.0
+    check(service)
+    assert (service.job(job_id).attempt, service.statuses([job_id])) == (1, ["succeeded"])
+
+
+@pytest.mark.slow
+def test_a_line_to_the_database_that_swallows_everything_is_found_dead(on_servers):
+    """Half-open: no error, no answer. What was sent is given up after fifteen seconds, and the job goes on."""
+    service = on_servers.service
+    (job_id,) = service.submit(steps=100, seconds=0.1)
+    service.wait_for_step(job_id, 3)
+    with on_servers.to_postgres.swallowing():
+        time.sleep(5)
+    on_servers.to_postgres.cut()
+    service.wait([job_id], seconds=120)
+    check_but_unheard(service)
+    assert service.statuses([job_id]) == ["succeeded"]
+
+
+@pytest.mark.slow
+def test_connections_that_are_all_taken_make_requests_fail_fast_and_no_job_fail(on_servers):
+    """F34."""
+    service, postgres = on_servers.service, on_servers.postgres
+    (job_id,) = service.submit(steps=40, seconds=0.1)
+    service.wait_for_step(job_id)
+    taken = []
+    try:
+        with suppress(psycopg.OperationalError):
+            while True:
+                taken.append(psycopg.connect(host=HOST, port=postgres.port, user="postgres", dbname="postgres"))
+        began = time.monotonic()
+        assert answers(service) in {200, 503}
+        assert time.monotonic() - began < 10
+        service.wait([job_id])
+    finally:
+        for connection in taken:
+            connection.close()
+    check(service)
+    assert service.job(job_id).attempt == 1
+
+
+# --- locks ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def frozen_in_a_write(service, job_id, *, limit_seconds):
+    """A process that sleeps in the middle of changing the job's row."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.faults.hold_lock", job_id, str(limit_seconds)],
+        cwd=ROOT,
+        env=service.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=die_with_parent(signal.SIGKILL),
+    )
+    assert process.stdout.readline() == b"holds\n"
+    wait_until(lambda: process_state(process.pid) == "T")
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def process_state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_process_frozen_in_a_write_on_postgresql_loses_its_locks_and_its_write(on_servers):
+    """Its session is ended, so that the row is free for others; when it wakes, its commit fails."""
+    service = on_servers.service
+    (job_id,) = service.submit(steps=1000, seconds=0.1)
+    service.wait_for_step(job_id)
+    with frozen_in_a_write(service, job_id, limit_seconds=1) as process:
+        before = service.job(job_id).version
+        wait_until(lambda: service.job(job_id).version > before)  # others write to the row again
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout.read() == b""
+        assert process.wait(20) != 0
+    with service.http as http:
+        http.post(f"/v1/fine_tuning/jobs/{job_id}/cancel").raise_for_status()
+    service.wait([job_id])
+    check(service)
+    assert service.job(job_id).trained_tokens != 13
+
+
+@pytest.mark.slow
+def test_a_process_frozen_in_a_write_on_sqlite_holds_up_writers_until_it_is_ended_and_no_reader(on_files):
+    """Nobody can take SQLite's lock from a living process: writes are refused in time, and reads are answered."""
+    service = on_files.service
+    (done,) = service.submit(steps=1)
+    service.wait([done])
+    with frozen_in_a_write(service, done, limit_seconds=1):
+        assert not can_write(service.settings.data_dir / "shadowft.db")
+        began = time.monotonic()
+        assert answers(service) == 503
+        assert time.monotonic() - began < 25
+        with service.http as http:
+            assert http.get(f"/v1/fine_tuning/jobs/{done}").status_code == 200
+    wait_until(lambda: answers(service) == 200)
+    service.wait(service.accepted)
+    check(service)
+    assert service.job(done).trained_tokens == 1
+
+
+@pytest.mark.slow
+def test_a_write_lock_that_is_held_for_long_delays_jobs_and_halves_none(on_files):
+    """F35."""
+    service = on_files.service
+    (job_id,) = service.submit(steps=60, seconds=0.1)
+    service.wait_for_step(job_id)
+    with closing(sqlite3.connect(service.settings.data_dir / "shadowft.db", isolation_level=None)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        assert answers(service) == 503
+        time.sleep(15)
+        connection.execute("ROLLBACK")
+    service.wait([job_id])
+    check(service)
+    assert service.statuses([job_id]) == ["succeeded"]
