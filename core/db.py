@@ -7,6 +7,8 @@ BEGIN, because one that reads first and locks later fails at once under contenti
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -21,9 +23,13 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from core.config import Settings
+from core.errors import clean
 
 #: Taken by whoever sets a database up: two processes that start at once must not both do it.
 _SETUP_LOCK = 0x5AD0F7
+
+#: In JSON as Python writes it: U+0000, or a surrogate, which may be half of a pair.
+_PERHAPS_UNCLEAN = re.compile(r"\\u(0000|d[89a-f])")
 
 #: How long a statement waits for SQLite's write lock.
 SQLITE_BUSY_TIMEOUT_MS = 10_000
@@ -119,11 +125,27 @@ def open_database(settings: Settings) -> Database:
 def _make_engine(url: str) -> Engine:
     if not url.startswith("sqlite"):
         # A database made under a bare C locale would hand out bytes; text is UTF-8 here, whatever it says.
-        return create_engine(url, pool_pre_ping=True, connect_args={"client_encoding": "utf8"})
-    engine = create_engine(url)
+        as_utf8 = {"client_encoding": "utf8"}
+        return create_engine(url, pool_pre_ping=True, connect_args=as_utf8, json_serializer=_to_json)
+    engine = create_engine(url, json_serializer=_to_json)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _to_json(value: Any) -> str:
+    """What a JSON column gets. Findings, events and figures hold names from strangers' files, and PostgreSQL refuses a
+    row for one U+0000 or half a surrogate pair in them."""
+    text = json.dumps(value)
+    return json.dumps(_cleaned(value)) if _PERHAPS_UNCLEAN.search(text) else text
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, dict):
+        return {_cleaned(key): _cleaned(part) for key, part in value.items()}
+    return [_cleaned(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

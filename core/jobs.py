@@ -21,7 +21,7 @@ from sqlalchemy import ColumnElement, Update, and_, case, func, or_, select, upd
 from sqlalchemy.orm import Session, aliased
 
 from core.db import db_now
-from core.errors import Cause, Conflict, LeaseLost
+from core.errors import Cause, Conflict, LeaseLost, clean
 from core.ids import new_id
 from core.job_spec import JobSpec
 from core.models import Artifact, Checkpoint, File, Job, JobEvent, Metric, PairCheck, Worker
@@ -468,7 +468,7 @@ def _insert_events(session: Session, job_id: str, events: Sequence[NewEvent], *,
             seq=seq,
             level=event.level,
             type=event.type,
-            message=event.message[:2048],
+            message=clean(event.message)[:2048],
             data=event.data,
         )
         for seq, event in enumerate(events, start=first)

@@ -11,7 +11,7 @@ from api.deps import AdminDep, After, CallerDep, Page, ServiceDep, StrictModel, 
 from api.strict_json import StrictRoute
 from core.catalogue import CataloguePair, CautionKind, Claim, Source
 from core.errors import InvalidInput
-from core.pairs import KnownPair, get_pair, known_pairs, model_source, register, remove
+from core.pairs import KnownPair, checked_pair, get_pair, known_pairs, model_source, register, remove
 
 router = APIRouter(prefix="/pairs", tags=["Pairs"], route_class=StrictRoute)
 
@@ -113,14 +113,14 @@ def retrieve_pair(pair_id: str, _: CallerDep, service: ServiceDep) -> dict[str, 
 @router.post("", response_model=PairObject)
 def create_pair(body: PairRequest, _: AdminDep, service: ServiceDep) -> dict[str, Any]:
     """Register a pair (admin). Local folders must fit each other by their headers, or the answer lists every reason."""
+    checked = checked_pair(
+        name=body.name,
+        base=model_source(body.base, body.base_revision),
+        instruct=model_source(body.instruct, body.instruct_revision),
+        roots=service.settings.model_roots,
+    )
     with service.database.writing() as session:
-        pair = register(
-            session,
-            name=body.name,
-            base=model_source(body.base, body.base_revision),
-            instruct=model_source(body.instruct, body.instruct_revision),
-            roots=service.settings.model_roots,
-        )
+        pair = register(session, checked)
         session.commit()
     return _render(pair)
 

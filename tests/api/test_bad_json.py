@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from tests.api.talk import as_json, job_body, nested, objects, told, traces
+from tests.api.talk import as_json, job_body, nested, objects, routes, told, traces
 
 GOOD = job_body()
 
@@ -84,6 +84,21 @@ def test_what_is_not_strictly_json_is_refused(api, client, case):
     answer = client.http.post("/fine_tuning/jobs", content=content, headers={"content-type": "application/json"})
     assert told(answer)["code"] == ("missing_required_parameter" if body.isspace() else "invalid_json")
     assert traces(api) == before
+
+
+@pytest.mark.parametrize("text", ['{"name": "\\ud800"}', '{"name": "a\\u0000"}', '{"\\udfff": 1}'])
+def test_no_route_that_takes_json_takes_text_that_is_none(api, text):
+    taking = [
+        path
+        for method, path in routes(api.http.get("/openapi.json").json())
+        if method == "POST" and path != "/v1/files"
+    ]
+    admin = {"authorization": f"Bearer {api.admin_key}"}
+    said = {path: api.http.post(path, headers=admin, content=text) for path in taking}
+    assert {"/v1/pairs", "/v1/pairs/check", "/v1/fine_tuning/jobs", "/v1/uploads"} <= said.keys()
+    assert {path for path, answer in said.items() if answer.status_code >= 500} == set()
+    for path in ("/v1/pairs", "/v1/pairs/check", "/v1/fine_tuning/jobs", "/v1/uploads"):
+        told(api.http.post(path, **as_json(text)), code="invalid_json")
 
 
 @pytest.mark.parametrize("body", ["null", "[]", '"x"', "3", "true", "[{}]", "-0", "1e5", ""])

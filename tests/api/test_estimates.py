@@ -10,7 +10,7 @@ from sqlalchemy import update
 
 from api.routes import estimates
 from core.models import File, Job, PhaseTime, Worker
-from core.pairs import model_source, register
+from core.pairs import checked_pair, model_source, register
 from tests import fake_hub
 from tests.api.talk import Client, told, traces
 from tests.conftest import BACKENDS
@@ -36,7 +36,7 @@ def api(request, fresh_settings, tmp_path_factory):
     ):
         for name, pair in (("tiny", (str(base), str(instruct))), ("far", ("acme/base", "acme/instruct"))):
             sources = [model_source(location, None) for location in pair]
-            register(session, name=name, base=sources[0], instruct=sources[1], roots=(folder,))
+            register(session, checked_pair(name=name, base=sources[0], instruct=sources[1], roots=(folder,)))
         session.commit()
         yield ran
 
