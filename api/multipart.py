@@ -116,6 +116,7 @@ class _Reader:
         self._header_name = b""
         self._name = ""
         self._field = bytearray()
+        self._parts = 0
         self._block = bytearray()
         self._writing: asyncio.Future[None] | None = None
         self._parser = MultipartParser(
@@ -161,6 +162,9 @@ class _Reader:
     def _begin_part(self) -> None:
         self._name = ""
         self._field.clear()
+        self._parts += 1
+        if self._parts > MAX_FIELDS + 1:
+            raise InvalidInput(f"The form holds more than {MAX_FIELDS} fields besides its file.")
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header_name += data[start:end]
@@ -190,12 +194,15 @@ class _Reader:
             self._block += memoryview(data)[start:end]
             return
         self._field += data[start:end]
-        if len(self._field) > MAX_FIELD_BYTES or len(self._form.fields) >= MAX_FIELDS:
-            raise InvalidInput("The form holds more fields, or longer ones, than an upload needs.", param=self._name)
+        if len(self._field) > MAX_FIELD_BYTES:
+            raise InvalidInput(f"The field is longer than {MAX_FIELD_BYTES:,} bytes.", param=self._name)
 
     def _end_part(self) -> None:
-        if self._name != self._part:
-            self._form.fields[self._name] = self._field.decode("utf-8", "replace")
+        if self._name == self._part:
+            return
+        if self._name in self._form.fields:
+            raise InvalidInput(f"The body holds two fields named '{self._name[:100]}'; send one.", param=self._name)
+        self._form.fields[self._name] = self._field.decode("utf-8", "replace")
 
     def _end(self) -> None:
         self._form.complete = True

@@ -33,6 +33,12 @@ BAD = {
     "unknown field": (FILE + PURPOSE + part("colour", "red") + END, "unknown_parameter"),
     "field too long": (FILE + part("purpose", "x" * 5000) + END, "invalid_value"),
     "too many fields": (FILE + b"".join(part(f"f{n}", "x") for n in range(100)) + END, "invalid_value"),
+    "many empty fields": (FILE + b"".join(part(f"f{n}", "") for n in range(100)) + END, "invalid_value"),
+    "two purposes": (FILE + PURPOSE + PURPOSE + END, "invalid_value"),
+    "a long head": (
+        part("file", ROW, "rows.jsonl").replace(b"\r\n\r\n", b"\r\nx: " + b"y" * 20_000 + b"\r\n\r\n", 1) + END,
+        "invalid_multipart",
+    ),
     "zero bytes": (part("file", b"", "rows.jsonl") + PURPOSE + END, "invalid_training_file"),
     "no last boundary": (FILE + PURPOSE, "invalid_multipart"),
     "cut in the file": (FILE[:-10], "invalid_multipart"),
