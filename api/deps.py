@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar
@@ -23,6 +25,9 @@ from core.models import Job
 from core.storage import Storage
 
 Row = TypeVar("Row")
+
+#: A session where one is needed, opened then: most answers of a status need none.
+OpenSession = Callable[[], AbstractContextManager[Session]]
 
 _VERSION = ("id", "team_id", "kind", "version", "status", "not_before", "memory_bytes", "gpu_memory_bytes")
 
@@ -113,9 +118,12 @@ def page(items: list[Any], limit: int) -> dict[str, Any]:
     }
 
 
-def owned(session: Session, table: type[Row], item_id: str, caller: Caller, *, what: str, code: str) -> Row:
-    """The caller's row. Another team's is as absent as one that never was."""
-    row = session.get(table, item_id)
+def owned(
+    session: Session, table: type[Row], item_id: str, caller: Caller, *, what: str, code: str, held: bool = False
+) -> Row:
+    """The caller's row; where it is to be `held`, nobody else changes it until the transaction ends. Another team's is
+    as absent as one that never was."""
+    row = session.get(table, item_id, with_for_update=held or None)
     if row is None or row.team_id != caller.team_id:  # type: ignore[attr-defined]  # every owned table has one
         raise no_such(item_id, what=what, code=code)
     return row
@@ -136,6 +144,11 @@ def cursor(
     if row is None:
         raise InvalidInput(f"The cursor 'after' names nothing in this list: {item_id[:100]!r}.", param="after")
     return row
+
+
+def at_hand(session: Session) -> OpenSession:
+    """For whoever has one open already."""
+    return lambda: nullcontext(session)
 
 
 def timestamp(moment: Any) -> int | None:

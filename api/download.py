@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from anyio import to_thread
 from fastapi import Depends, Header, Response
 from fastapi.responses import FileResponse
+from starlette.types import Receive, Scope, Send
 
 from api.errors import ErrorBody, error_response
 from core.errors import NotFound, RangeUnusable
@@ -49,7 +52,21 @@ WantedDep = Annotated[Wanted, Depends(_wanted)]
 
 
 class _Download(FileResponse):
+    """Opened before the first byte of the answer: who deletes the file meanwhile gets his way after it."""
+
     chunk_size = 1024 * 1024  # each is a walk through another thread
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            held = await to_thread.run_sync(os.open, self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            await error_response(_gone(self.filename))(scope, receive, send)
+            return
+        try:
+            self.path = f"/dev/fd/{held}"
+            await super().__call__(scope, receive, send)
+        finally:
+            os.close(held)
 
 
 def download(wanted: Wanted, path: Path, *, filename: str, sha256: str) -> Response:
@@ -57,7 +74,7 @@ def download(wanted: Wanted, path: Path, *, filename: str, sha256: str) -> Respo
     try:
         found = path.stat()
     except FileNotFoundError as error:
-        raise NotFound(f"The content of {filename!r} has been deleted.", code="content_not_found") from error
+        raise _gone(filename) from error
     etag = f'"{sha256}"'
     headers = {"etag": etag, "x-checksum-sha256": sha256}
     if _names(wanted.if_none_match or "", etag):
@@ -69,6 +86,10 @@ def download(wanted: Wanted, path: Path, *, filename: str, sha256: str) -> Respo
     if wanted.range is not None and applies and not _is_usable(wanted.range, found.st_size):
         return _range_unusable(wanted.range, found.st_size)
     return answer
+
+
+def _gone(filename: str | None) -> NotFound:
+    return NotFound(f"The content of {filename!r} has been deleted.", code="content_not_found")
 
 
 def _names(header: str, etag: str) -> bool:

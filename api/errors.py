@@ -61,20 +61,19 @@ class OneShape:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start: Message | None = None
-        text = b""
+        status, text = 0, b""
 
         async def send_shaped(message: Message) -> None:
-            nonlocal start, text
+            nonlocal status, text
             if _is_foreign(message):
-                start = message
+                status = message["status"]
                 return
-            if start is None:
+            if not status:
                 await send(message)
                 return
             text += message["body"]
             if not message.get("more_body"):
-                await _reshaped(start, text)(scope, receive, send)
+                await _reshaped(status, text.decode(errors="replace"))(scope, receive, send)
 
         await self._app(scope, receive, send_shaped)
 
@@ -85,21 +84,11 @@ def _is_foreign(message: Message) -> bool:
     return (b"content-type", b"application/json") not in message["headers"]
 
 
-def _reshaped(start: Message, text: bytes) -> JSONResponse:
-    response = error_response(_plain_error(start["status"], text.decode(errors="replace")[:200]))
-    response.status_code = start["status"]
-    for name, value in start["headers"]:
-        if name == b"content-range":
-            response.headers["content-range"] = value.decode("latin-1")
+def _reshaped(status: int, text: str) -> JSONResponse:
+    said = text[:200] or f"The request was refused with the status {status}."
+    response = error_response(InvalidInput(said, code="refused"))
+    response.status_code = status
     return response
-
-
-def _plain_error(status: int, text: str) -> ShadowError:
-    if status == 416:
-        return InvalidInput("The Range lies outside of the content; Content-Range tells its size.", code="bad_range")
-    if "range" in text.lower():
-        return InvalidInput(f"The Range cannot be understood: {text}", code="bad_range")
-    return InvalidInput(text or f"The request was refused with the status {status}.", code="refused")
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -1,80 +1,23 @@
-"""The Celery app, and nudge().
-
-A message only says "look": it is empty, so that any of them may be lost, doubled or late without harm. Hence no result
-backend, no late acks, no retries, no remote control; the database is the record.
-"""
+"""nudge(): tell the workers that there is something to do, over the queues of `core.celery_app`."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import structlog
-from celery import Celery
-from kombu import Exchange, Queue
-from kombu.exceptions import OperationalError
-from kombu.transport import TRANSPORT_ALIASES
-
-from core.config import Settings, get_settings
 
 TaskName = Literal["work", "admit", "check_file", "check_pair"]
-
-#: The queue on which each task runs: hours of GPU time, or seconds of a CPU.
-QUEUE_OF: dict[TaskName, str] = {"work": "jobs", "admit": "light", "check_file": "light", "check_pair": "light"}
-
-#: A nudge is given up after this long: the sweep will repeat it.
-NUDGE_TIMEOUT_SECONDS = 2.0
-
-TRANSPORT_ALIASES["embedded"] = "core.embedded_broker:Transport"
 
 log = structlog.get_logger(__name__)
 
 
-def make_celery(settings: Settings) -> Celery:
-    app = Celery("shadowft", set_as_current=True)
-    app.conf.update(
-        broker_url=settings.broker_url.get_secret_value() or "embedded://localhost",
-        broker_transport_options=_transport_options(settings),
-        broker_connection_retry_on_startup=True,
-        broker_connection_max_retries=None,
-        broker_connection_timeout=NUDGE_TIMEOUT_SECONDS,
-        result_backend=None,
-        task_ignore_result=True,
-        task_serializer="json",
-        accept_content=["json"],
-        task_acks_late=False,
-        task_queues=[_queue(name) for name in sorted(set(QUEUE_OF.values()))],
-        task_default_queue="light",
-        worker_prefetch_multiplier=1,
-        worker_enable_remote_control=False,
-        worker_send_task_events=False,
-        worker_hijack_root_logger=False,
-        worker_cancel_long_running_tasks_on_connection_loss=False,
-    )
-    return app
-
-
-def _queue(name: str) -> Queue:
-    # The default exchange routes by the queue's name, so that there is no binding to keep.
-    return Queue(name, Exchange(""), routing_key=name)
-
-
-def _transport_options(settings: Settings) -> dict[str, Any]:
-    if not settings.broker_url.get_secret_value():
-        return {"folder": str(settings.broker_dir)}
-    return {
-        "visibility_timeout": 3600,
-        "socket_keepalive": True,
-        "health_check_interval": 25,
-        "socket_timeout": 30,
-        "socket_connect_timeout": NUDGE_TIMEOUT_SECONDS,
-    }
-
-
-celery = make_celery(get_settings())
-
-
 def nudge(task: TaskName) -> None:
     """Tell a worker that something waits. A broker that is away delays the work by a sweep and nothing else."""
+    # Celery takes a while to import, and an API that has just started has nothing to tell.
+    from kombu.exceptions import OperationalError
+
+    from core.celery_app import QUEUE_OF, celery
+
     try:
         celery.send_task(
             task, queue=QUEUE_OF[task], retry=False, ignore_result=True, expires=3600, connection_timeout=2

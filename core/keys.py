@@ -11,6 +11,7 @@ import hmac
 import os
 import secrets
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def revoke_key(session: Session, key_id: str) -> None:
     ).first()
     if changed is None:
         raise NotFound(f"There is no live key {key_id}; `shadowft keys list` shows them.", param="id")
+
+
+def revoked_of(session: Session, key_ids: Collection[str]) -> frozenset[str]:
+    """Those of the keys that have been revoked."""
+    revoked = select(ApiKey.id).where(ApiKey.id.in_(key_ids), ApiKey.revoked_at.is_not(None))
+    return frozenset(session.scalars(revoked))
 
 
 def authenticate(session: Session, text: str) -> Caller:

@@ -31,6 +31,7 @@ def create(session: Session, upload: Upload) -> Upload:
     upload.created_at = session.execute(select(db_now())).scalar_one()
     upload.expires_at = upload.created_at + LIFETIME
     session.add(upload)
+    session.flush()
     return upload
 
 

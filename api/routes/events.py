@@ -14,6 +14,7 @@ from api.routes.jobs import own_job
 from api.strict_json import StrictRoute
 from core.errors import InvalidInput
 from core.jobs import TERMINAL
+from core.keys import Caller
 from core.models import Job, JobEvent
 
 router = APIRouter(prefix="/fine_tuning/jobs/{job_id}/events", tags=["Fine-tuning jobs"], route_class=StrictRoute)
@@ -44,7 +45,7 @@ def list_events(
         bool,
         Query(
             description="Send every event, the oldest first, as Server-Sent Events while they happen; the stream ends "
-            "with `[DONE]` after the job's last one."
+            "with `[DONE]` after the job's last one, and without it where the key is revoked or the server ends."
         ),
     ] = False,
     last_event_id: Annotated[
@@ -57,7 +58,7 @@ def list_events(
         job = own_job(session, job_id, caller)
         if stream:
             _refuse_pages(after, limit)
-            return _stream(request, job, _position(session, job, last_event_id))
+            return _stream(request, job, _position(session, job, last_event_id), caller)
         limit = limit or DEFAULT_LIMIT
         query = select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.seq.desc()).limit(limit + 1)
         if after is not None:
@@ -65,10 +66,10 @@ def list_events(
         return json_answer(page([render(event) for event in session.scalars(query)], limit))
 
 
-def _stream(request: Request, job: Job, position: int) -> Response:
+def _stream(request: Request, job: Job, position: int, caller: Caller) -> Response:
     if position and position == job.event_count and job.status in TERMINAL:
         return Response(status_code=204)  # at which an `EventSource` stops asking
-    return EventStream(request.app.state.feed, job, position)
+    return EventStream(request.app.state.feed, job, position, caller)
 
 
 def _refuse_pages(after: str | None, limit: int | None) -> None:

@@ -124,6 +124,9 @@ async def create_file(request: Request, caller: CallerDep, service: ServiceDep) 
     Rows may be OpenAI chat (`messages`), `prompt`/`completion`, Alpaca (`instruction`, `input`, `output`) or ShareGPT
     (`conversations`), as JSONL or one JSON array. The rows are checked right after the upload. A file that is larger
     than this route takes goes up by parts: `POST /v1/uploads`.
+
+    No `Idempotency-Key` is read here: a file that is sent again, because its answer was lost, is a second file, which
+    does nothing but take room until it is deleted. `POST /v1/uploads` reads one.
     """
     most = service.settings.max_file_bytes
     refusal = TooLarge(
@@ -285,7 +288,8 @@ def file_report(file_id: str, caller: CallerDep, service: ServiceDep) -> dict[st
 def delete_file(file_id: str, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
     """Delete a file, unless a live job still reads it."""
     with service.database.writing() as session:
-        file = _own(session, file_id, caller)
+        # Held before its readers are looked for: a job that is being made holds its files, too.
+        file = _own(session, file_id, caller, held=True)
         if (job_id := files.live_reader(session, file)) is not None:
             raise Conflict(
                 f"The file {file_id} is in use by the job {job_id}; cancel the job first.", code="file_in_use"
@@ -296,5 +300,5 @@ def delete_file(file_id: str, caller: CallerDep, service: ServiceDep) -> dict[st
     return {"id": file_id, "object": "file", "deleted": True}
 
 
-def _own(session: Session, file_id: str, caller: Caller) -> File:
-    return owned(session, File, file_id, caller, what="file", code="file_not_found")
+def _own(session: Session, file_id: str, caller: Caller, *, held: bool = False) -> File:
+    return owned(session, File, file_id, caller, what="file", code="file_not_found", held=held)

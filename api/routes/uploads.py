@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from anyio import to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from api.deps import CallerDep, Service, ServiceDep, StrictModel, owned, timestamp
+from api.idempotency import IntentDep, first_answer, replayed
 from api.multipart import Form, Limit, arriving, clean_filename, receive_form
 from api.routes import files as file_routes
 from api.routes.files import (
@@ -105,7 +106,7 @@ def _render(upload: Upload, file: File | None) -> dict[str, Any]:
 
 
 @router.post("", response_model=UploadObject)
-def create_upload(body: UploadRequest, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
+def create_upload(body: UploadRequest, caller: CallerDep, service: ServiceDep, intent: IntentDep) -> Response:
     """Begin to send a large file by parts.
 
     Then send each part of at most 64 MB, in any order and at once if you like, and complete the upload with the parts'
@@ -127,10 +128,13 @@ def create_upload(body: UploadRequest, caller: CallerDep, service: ServiceDep) -
         file_lifetime_seconds=body.expires_after.seconds if body.expires_after else None,
     )
     with service.database.writing() as session:
+        if (earlier := replayed(session, intent)) is not None:
+            return earlier
         files.take_room(session, caller.team_id, body.bytes, quota_bytes=service.settings.team_storage_bytes)
         uploads.create(session, upload)
+        answer = first_answer(session, intent, _render(upload, None))
         session.commit()
-        return _render(upload, None)
+        return answer
 
 
 _FORM = {
@@ -213,7 +217,8 @@ def _keep_part(service: Service, part: UploadPart) -> dict[str, Any]:
 def complete_upload(upload_id: str, body: CompleteRequest, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
     """Put the parts together, in the order of `part_ids`. The file is then checked as any other.
 
-    Their sizes must add up to the declared `bytes`. Completing again with the same request gives the same file.
+    Their sizes must add up to the declared `bytes`. Completing again with the same request gives the same file,
+    with an `Idempotency-Key` or without; with another one it is an error.
     """
     body.md5 = body.md5 and body.md5.lower()
     with service.database.reading() as session:
