@@ -24,6 +24,7 @@ from core.db import db_now
 from core.errors import Cause, Conflict, LeaseLost, clean
 from core.ids import new_id
 from core.job_spec import JobSpec
+from core.keys import hold_team
 from core.models import Artifact, Checkpoint, File, Job, JobEvent, Metric, PairCheck, Worker
 
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -99,6 +100,7 @@ class Waiting:
 
 def create(session: Session, job: Job) -> Job:
     """Put a new job at the start of its life, with its first event."""
+    hold_team(session, job.team_id)
     job.id = new_id("ftjob-")
     job.status = "validating_files"
     session.add(job)

@@ -155,7 +155,9 @@ def test_large_content_comes_back_whole(client):
 
 
 def test_content_that_is_gone_is_not_found(api, client, file_id):
-    (api.settings.storage_dir / "files" / client.member.team_id / file_id).unlink()
+    with api.database.reading() as session:
+        key = session.get_one(File, file_id).storage_key
+    (api.settings.storage_dir / key).unlink()
     told(client.http.get(f"/files/{file_id}/content"), 404, "content_not_found")
 
 
