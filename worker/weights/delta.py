@@ -28,8 +28,8 @@ from worker.weights.tensors import F32, Reader, Scratch, Slot, widened
 
 Kind = Literal["full", "lora", "delta"]
 
-#: Tensors whose factors are kept in memory: blocks of a few tensors are at work at once.
-_FACTORS_HELD = 4
+#: Tensors whose factors are kept in memory: blocks of a few tensors are at work at once, two in each shard.
+_FACTORS_HELD = 8
 
 
 class TensorChange(Protocol):
