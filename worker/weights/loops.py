@@ -87,9 +87,18 @@ def _bits(_context: Any, _value: types.Type) -> Any:
 
 
 @inlined
-def _sum_tile(_context: Any, left: Any, row: Any, tiles: Any, tile: Any, sums: Any, rank: Any) -> Any:
-    """`sums = left @ tile` for (ROWS, rank), (rank, TILE) and (ROWS, TILE), float32: the first two begin at the
-    elements `row` and `tile` of what lies at `left` and `tiles`.
+def _make_tile(
+    _context: Any,
+    left: Any,
+    tile: Any,
+    rank: Any,
+    scaling: Any,
+    factor: Any,
+    out: Any,
+    stride: Any,
+) -> Any:
+    """`out = (left @ tile) * scaling * factor + 0.0`, (ROWS, TILE) with rows `stride` elements apart, for `left` (rank,
+    ROWS) and `tile` (rank, TILE), all float32. Each of the three is a place and the number of its first element.
 
     Written as vectors that stay in registers, which no loop could tell the compiler to do: half the time of the best
     one (measured).
@@ -97,37 +106,45 @@ def _sum_tile(_context: Any, left: Any, row: Any, tiles: Any, tile: Any, sums: A
     vector = ir.VectorType(ir.FloatType(), LANES)
     fused = ir.FunctionType(vector, [vector] * 3)
 
-    def sum_tile(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        left, row, tiles, tile, target, rank = arguments
-        factors, columns = builder.gep(left, [row]), builder.gep(tiles, [tile])
+    def make_tile(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        left, tile, rank, scaling, factor, out, stride = arguments
+        factors, columns, target = (
+            builder.gep(*[builder.extract_value(one, [0]), [builder.extract_value(one, [1])]])
+            for one in (left, tile, out)
+        )
         fma = cgutils.get_or_insert_function(builder.module, fused, f"llvm.fma.v{LANES}f32")
+        parts = range(TILE // LANES)
 
         def at(data: Any, place: Any) -> Any:
             return builder.bitcast(builder.gep(data, [place]), vector.as_pointer())
 
-        parts = range(TILE // LANES)
+        def every(one: Any) -> Any:
+            empty = ir.Constant(vector, ir.Undefined)
+            alike = ir.Constant(ir.VectorType(_WORD, LANES), [0] * LANES)
+            return builder.shuffle_vector(builder.insert_element(empty, one, _word(0)), empty, alike)
+
         running = [[cgutils.alloca_once(builder, vector) for _ in parts] for _ in range(ROWS)]
         for register in itertools.chain(*running):
             builder.store(ir.Constant(vector, None), register)
         with cgutils.for_range(builder, rank) as loop:
             start = builder.mul(loop.index, _place(TILE))
             right = [builder.load(at(columns, builder.add(start, _place(part * LANES))), align=4) for part in parts]
+            start = builder.mul(loop.index, _place(ROWS))
             for number, registers in enumerate(running):
-                place = builder.add(builder.mul(rank, _place(number)), loop.index)
-                one = builder.load(builder.gep(factors, [place]))
-                every = builder.shuffle_vector(
-                    builder.insert_element(ir.Constant(vector, ir.Undefined), one, _word(0)),
-                    ir.Constant(vector, ir.Undefined),
-                    ir.Constant(ir.VectorType(_WORD, LANES), [0] * LANES),
-                )
+                one = every(builder.load(builder.gep(factors, [builder.add(start, _place(number))])))
                 for part, register in zip(right, registers, strict=True):
-                    builder.store(builder.call(fma, [every, part, builder.load(register)]), register)
+                    builder.store(builder.call(fma, [one, part, builder.load(register)]), register)
+        scalings, zeros = [every(scaling), every(factor)], ir.Constant(vector, None)
         for number, registers in enumerate(running):
             for part, register in enumerate(registers):
-                builder.store(builder.load(register), at(target, _place(number * TILE + part * LANES)), align=4)
+                found = builder.load(register)
+                for each in scalings:
+                    found = builder.fmul(found, each)
+                place = builder.add(builder.mul(stride, _place(number)), _place(part * LANES))
+                builder.store(builder.fadd(found, zeros), at(target, place), align=4)
         return context.get_dummy_value()
 
-    return types.void(left, row, tiles, tile, sums, rank), sum_tile
+    return types.void(left, tile, rank, scaling, factor, out, stride), make_tile
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
@@ -171,7 +188,8 @@ def store(values: Place, out: Place, count: int) -> np.uint32:
 def product(
     left: Place,
     tiles: Place,
-    sums: Place,
+    packed: Place,
+    edge: Place,
     out: Place,
     first: int,
     rank: int,
@@ -180,15 +198,26 @@ def product(
     scaling: float,
     factor: float,
 ) -> None:
-    """`sums` is the memory that a tile of the product is made in: (ROWS, TILE)."""
-    out_rc, sums_n = carray(out, (rows, columns)), carray(sums, ROWS * TILE)
+    """`packed`, (rows / ROWS, rank, ROWS), and `edge`, (ROWS, TILE), are memory to work in: for the rows of `left` in
+    the order of their use, and for what is only in part of the product."""
+    groups = (rows + ROWS - 1) // ROWS
+    left_nr, packed_gre = carray(left, (first + rows, rank)), carray(packed, (groups, rank, ROWS))
+    edge_rc, out_rc = carray(edge, (ROWS, TILE)), carray(out, (rows, columns))
     scaling32, factor32 = np.float32(scaling), np.float32(factor)
-    for place in range(0, columns, TILE):
+    for row in range(groups * ROWS):
+        for place in range(rank):
+            packed_gre[row // ROWS, place, row % ROWS] = left_nr[first + row, place] if row < rows else _ZERO
+    for column in range(0, columns, TILE):
+        tile = (tiles, column * rank)
         for row in range(0, rows, ROWS):
-            _sum_tile(left, (first + row) * rank, tiles, place * rank, sums, rank)
+            group = (packed, row * rank)
+            if row + ROWS <= rows and column + TILE <= columns:
+                _make_tile(group, tile, rank, scaling32, factor32, (out, row * columns + column), columns)
+                continue
+            _make_tile(group, tile, rank, scaling32, factor32, (edge, 0), TILE)
             for each in range(min(ROWS, rows - row)):
-                for column in range(min(TILE, columns - place)):
-                    out_rc[row + each, place + column] = sums_n[each * TILE + column] * scaling32 * factor32 + _ZERO
+                for place in range(min(TILE, columns - column)):
+                    out_rc[row + each, column + place] = edge_rc[each, place]
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ LOOPS = {
     "scaled": Signature(("Hf", "f"), "qd"),
     "add": Signature(("Hf", "f", "Hf"), "q", "I"),
     "store": Signature(("Hf", "Hf"), "q", "I"),
-    "product": Signature(("f", "f", "f", "f"), "qqqqdd"),
+    "product": Signature(("f", "f", "f", "f", "f"), "qqqqdd"),
     "figures": Signature(("Hf", "f", "Hf", "Hf", "d"), "q"),
     "figures_alone": Signature(("Hf", "f", "Hf", "d"), "q"),
     "squares": Signature(("Hf",), "q", "d"),
