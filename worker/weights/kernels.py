@@ -9,6 +9,7 @@ user sees.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -149,4 +150,4 @@ def _for(name: str, *arrays: Array) -> tuple[Function, list[Any]]:
 
 #: An array's memory, for a C function. It refuses what is not contiguous or only to be read; an array's own
 #: `ctypes.data` takes five times as long (measured), and there are thousands of calls.
-_place = (ctypes.c_char * 0).from_buffer
+_place: Callable[[Any], Any] = (ctypes.c_char * 0).from_buffer

@@ -333,11 +333,11 @@ def _modules() -> Iterator[llvm.ModuleRef]:
         for symbol, letters in variants(name, signature):
             made = cfunc(_typed(letters, signature), fastmath=_FASTMATH.get(loop, False), error_model="numpy")(loop)
             module = llvm.parse_assembly(made.inspect_llvm())
-            for one in (*module.functions, *module.global_variables):
+            for number, one in enumerate((*module.functions, *module.global_variables)):
                 if one.name == made.native_name:
                     one.name = symbol
                 elif not one.is_declaration:
-                    one.linkage = "internal"
+                    one.name, one.linkage = f"{symbol}.{number}", "internal"  # numba's names differ from run to run
             yield module
 
 

@@ -108,7 +108,7 @@ def test_it_lies_beside_the_module_or_with_the_user(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_that_find_a_torn_file_make_it_anew_with_the_same_bytes(folder, code):
+def test_two_processes_that_find_a_torn_file_make_it_anew(folder, code):
     assert machine_code._keep(code, folder)
     file = folder / machine_code._name()
     whole = file.read_bytes()
