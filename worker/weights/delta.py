@@ -23,7 +23,7 @@ from core.graft_plan import GraftPlan, Selection, listed, plan_graft, plan_saved
 from worker.weights import kernels, tensors
 from worker.weights.arithmetic import Change
 from worker.weights.kernels import Array
-from worker.weights.machine_code import ROWS
+from worker.weights.signatures import ROWS
 from worker.weights.special_rows import StartRows, read_start_rows, require_fitting_rows, row_numbers
 from worker.weights.tensors import F32, Reader, Scratch, Slot, widened
 

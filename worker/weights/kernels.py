@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.weights.machine_code import ROWS, TILE, Function, function, load
+from worker.weights.machine_code import Function, function, load
+from worker.weights.signatures import ROWS, TILE
 
 Array = NDArray[Any]
 

@@ -21,7 +21,7 @@ from numba import carray, cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from worker.weights.machine_code import LOOPS, ROWS, TILE, Signature, variants
+from worker.weights.signatures import LOOPS, ROWS, TILE, Signature, variants
 
 #: A place in memory, and how many elements lie there; the counts are int64.
 Place = Any

@@ -13,53 +13,21 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import llvmlite.binding as llvm
 
+from worker.weights.signatures import LOOPS, variants
+
 Function = Callable[..., Any]
 
-#: Rows and columns of a product that are made at once: what the registers hold.
-ROWS, TILE = 8, 32
-
-
-class Signature(NamedTuple):
-    """A loop's C function. A letter is a type, as in Python's `struct`: H uint16, I uint32, q int64, f and d floats."""
-
-    #: For each array that it takes the place of: the types that its elements may have.
-    arrays: tuple[str, ...]
-    #: The arguments behind the places.
-    rest: str
-    result: str = ""
-
-
-LOOPS = {
-    "difference": Signature(("Hf", "Hf", "f"), "qd"),
-    "scaled": Signature(("Hf", "f"), "qd"),
-    "add": Signature(("Hf", "f", "Hf"), "q", "I"),
-    "store": Signature(("Hf", "Hf"), "q", "I"),
-    "product": Signature(("f", "f", "f", "f", "f"), "qqqqdd"),
-    "figures": Signature(("Hf", "f", "Hf", "Hf", "d"), "q"),
-    "figures_alone": Signature(("Hf", "f", "Hf", "d"), "q"),
-    "squares": Signature(("Hf",), "q", "d"),
-    "distance": Signature(("Hf", "Hf", "d"), "q"),
-    "add_squares": Signature(("f", "d"), "qqq"),
-}
-
 _CTYPES: dict[str, Any] = {"q": ctypes.c_int64, "d": ctypes.c_double, "I": ctypes.c_uint32, "": None}
-
-
-def variants(name: str, signature: Signature) -> Iterator[tuple[str, str]]:
-    """A loop's functions, one for each choice of types: the symbol, such as `add_HfH`, and its arrays' letters."""
-    for letters in map("".join, itertools.product(*signature.arrays)):
-        yield f"{name}_{letters}", letters
 
 
 # --- calling ----------------------------------------------------------------------------------------------------------
@@ -160,7 +128,7 @@ def _name() -> str:
 @cache
 def _key() -> str:
     """A hash of what the code is made of: the loops, what compiles them, and the processor."""
-    sources = [Path(__file__).with_name(name).read_bytes() for name in ("loops.py", "machine_code.py")]
+    sources = [Path(__file__).with_name(name).read_bytes() for name in ("loops.py", "signatures.py")]
     compilers = [version("numba"), version("llvmlite")]
     processor = [llvm.get_process_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
     said = [*sources, *(word.encode() for word in (*compilers, *processor))]
