@@ -51,6 +51,11 @@ Files and jobs follow OpenAI's fine-tuning API: point the `openai` SDK at `http:
 the job's `shadow` object. Press *Authorize* and paste a key to try the routes here.
 """
 
+#: Of every route, with a key or without.
+_CRASH: dict[int | str, dict[str, Any]] = {
+    500: {"model": ErrorBody, "description": "The server's own fault; its log tells it under the `x-request-id`."},
+}
+
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "Something in the request cannot be used; `param` names it."},
     401: {"model": ErrorBody, "description": "No key, or a wrong one."},
@@ -95,11 +100,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     configure_logging(settings)
     database = open_database(settings)
     feed = EventFeed(database)
+    storage = LocalStorage(settings.storage_dir)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         with feed.open_until_exit():
             yield
+        storage.close()
         database.close()
 
     # The pages /docs and /redoc with their scripts from this server: it may stand where nothing else can be reached.
@@ -110,9 +117,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         static_url=DOCS_SCRIPTS_PATH,
         swagger_ui_parameters={"persistAuthorization": True},
+        responses=_CRASH,
+        redirect_slashes=False,  # it would send clients to whatever the `Host` header names
     )
     app.state.feed = feed
-    app.state.service = Service(settings=settings, database=database, storage=LocalStorage(settings.storage_dir))
+    app.state.service = Service(settings=settings, database=database, storage=storage)
     app.state.telemetry = Telemetry(database, settings)
     install_error_handlers(app)
     app.include_router(health.router)

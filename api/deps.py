@@ -6,11 +6,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from fastapi import Depends, Query, Request, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
@@ -25,6 +25,7 @@ from core.models import Job
 from core.storage import Storage
 
 Row = TypeVar("Row")
+Item = TypeVar("Item")
 
 #: A session where one is needed, opened then: most answers of a status need none.
 OpenSession = Callable[[], AbstractContextManager[Session]]
@@ -91,14 +92,14 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Page(BaseModel):
-    """A cursor page, newest first. Ask for the next one with `after` = `last_id` while `has_more`."""
+class Page(BaseModel, Generic[Item]):
+    """A page of a list. Ask for the next one with `after` = `last_id` while `has_more`."""
 
-    object: Literal["list"] = "list"
-    data: list[Any]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
+    object: Literal["list"] = Field("list", description="Always `list`.")
+    data: list[Item] = Field(description="The items.")
+    has_more: bool = Field(description="Whether there are more after the last one.")
+    first_id: str | None = Field(description="The first item's. Null: the page is empty.")
+    last_id: str | None = Field(description="The last item's. Null: the page is empty.")
 
 
 def json_answer(value: dict[str, Any], headers: dict[str, str] | None = None) -> Response:

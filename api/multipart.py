@@ -22,6 +22,8 @@ from core.storage import Incoming, Storage
 MAX_FIELD_BYTES = 4096
 MAX_FIELDS = 16
 MAX_FILENAME = 512
+#: Unprintable, and yet part of how a name is written: they join letters, as in Devanagari, and emoji.
+JOINERS = "\u200c\u200d"
 MAX_BOUNDARY_BYTES = 200
 #: What a form may have around its file: boundaries, headers, the other fields.
 MAX_AROUND_BYTES = 128 * 1024
@@ -185,7 +187,9 @@ class _Reader:
             return
         if self._form.filename is not None:
             raise InvalidInput(f"The body holds two parts named '{self._part}'; send one.", param=self._part)
-        self._form.filename = clean_filename(options.get(b"filename", b"").decode("utf-8", "replace"))
+        # A form's quote comes as `%22`, from browsers and from the SDK; they leave a `%` as it is.
+        sent = options.get(b"filename", b"").replace(b"%22", b'"')
+        self._form.filename = clean_filename(sent.decode("utf-8", "replace"))
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:
         if self._name == self._part:
@@ -222,5 +226,5 @@ def _boundary(content_type: str) -> bytes:
 def clean_filename(filename: str) -> str:
     """The name as a label only: no folders, no control characters. Storage never sees it."""
     name = filename.replace("\\", "/").rpartition("/")[2]
-    printable = "".join(character for character in name if character.isprintable())
+    printable = "".join(character for character in name if character.isprintable() or character in JOINERS)
     return printable[:MAX_FILENAME] or "upload"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
+from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -21,6 +22,23 @@ router = APIRouter(prefix="/fine_tuning/jobs/{job_id}/events", tags=["Fine-tunin
 
 DEFAULT_LIMIT = 20
 
+
+class EventObject(BaseModel):
+    """Something that happened to a job."""
+
+    id: str = Field(description="`ftevent-…`; a stream can be taken up after it.")
+    object: Literal["fine_tuning.job.event"] = Field(
+        "fine_tuning.job.event", description="Always `fine_tuning.job.event`."
+    )
+    created_at: int = Field(description="Unix seconds.")
+    level: Literal["info", "warn", "error"] = Field(description="`error` stands in the last event of a failed job.")
+    type: Literal["message", "metrics"] = Field(description="`metrics`: a step's numbers, in `data`.")
+    message: str = Field(description="In words: `Step 3/120: training loss=1.31`.")
+    data: dict[str, Any] | None = Field(
+        description="Of metrics: `step`, `total_steps`, `train_loss`, `valid_loss` and more. Null: nothing to add."
+    )
+
+
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "content": {
@@ -33,7 +51,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("", response_model=Page, responses=_RESPONSES)
+@router.get("", response_model=Page[EventObject], responses=_RESPONSES)
 def list_events(
     job_id: str,
     request: Request,

@@ -153,7 +153,7 @@ def create_graft(body: GraftRequest, caller: CallerDep, service: ServiceDep, int
         return answer
 
 
-@router.get("", response_model=Page)
+@router.get("", response_model=Page[GraftObject])
 def list_grafts(
     caller: CallerDep,
     service: ServiceDep,

@@ -376,7 +376,7 @@ def create_job(body: JobRequest, caller: CallerDep, service: ServiceDep, intent:
         return answer
 
 
-@router.get("", response_model=Page)
+@router.get("", response_model=Page[JobObject])
 def list_jobs(
     request: Request,
     caller: CallerDep,
@@ -449,7 +449,7 @@ def jobs_page(
     """The team's jobs of one kind after the cursor, newest first, and one more than `limit`."""
     query = select(Job).where(Job.team_id == caller.team_id, Job.kind == kind, *filters)
     query = query.order_by(Job.id.desc()).options(*STATUS_ONLY)
-    last = cursor(session, Job, after, caller, Job.kind == kind)
+    last = cursor(session, Job, after, caller, Job.kind == kind, *filters)
     if last is not None:
         query = query.where(Job.id < last.id)
     return session.scalars(query.limit(limit + 1)).all()

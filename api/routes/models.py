@@ -29,7 +29,7 @@ class ModelObject(BaseModel):
     """A model. Fields beside OpenAI's: `kind`, `pair`, `base`, `instruct`, `job_id`, `checkpoint_id`, `bytes`."""
 
     id: str = Field(description="A fine-tuned model's name, or a name that `model` takes in a job.")
-    object: Literal["model"] = "model"
+    object: Literal["model"] = Field("model", description="Always `model`.")
     created: int = Field(description="Unix seconds; 0 for a pair of the catalogue.")
     owned_by: str = Field(description="The team, or who publishes the pair's instruct model (`local`: this server).")
     kind: Kind = Field(
@@ -48,14 +48,14 @@ class ModelObject(BaseModel):
 class ModelList(BaseModel):
     """All at once, without pages."""
 
-    object: Literal["list"] = "list"
-    data: list[ModelObject]
+    object: Literal["list"] = Field("list", description="Always `list`.")
+    data: list[ModelObject] = Field(description="The team's fine-tuned models, then the pairs.")
 
 
 class DeletedModel(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    deleted: bool
+    id: str = Field(description="The model that was.")
+    object: Literal["model"] = Field("model", description="Always `model`.")
+    deleted: bool = Field(description="Always true.")
 
 
 # --- handlers -------------------------------------------------------------------------------------------------------

@@ -52,10 +52,16 @@ class PairCheckRequest(StrictModel):
     pair: str | None = Field(
         None, min_length=1, max_length=256, description="A pair's name, or one of its models' ids."
     )
-    base: str | None = Field(None, min_length=1, max_length=1024)
-    instruct: str | None = Field(None, min_length=1, max_length=1024)
-    base_revision: str | None = Field(None, min_length=1, max_length=100)
-    instruct_revision: str | None = Field(None, min_length=1, max_length=100)
+    base: str | None = Field(None, min_length=1, max_length=1024, description="The model that is tuned.")
+    instruct: str | None = Field(
+        None, min_length=1, max_length=1024, description="The model onto which the change is grafted."
+    )
+    base_revision: str | None = Field(
+        None, min_length=1, max_length=100, description="A branch, tag or commit of the Hub. Null: its default branch."
+    )
+    instruct_revision: str | None = Field(
+        None, min_length=1, max_length=100, description="A branch, tag or commit of the Hub. Null: its default branch."
+    )
     depth: Literal["full", "headers"] = Field(
         "full",
         description="`headers`: configs and the headers of the weight files, answered at once. `full`: tokenizers, "

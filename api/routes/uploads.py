@@ -19,7 +19,7 @@ from api.routes.files import (
     FileObject,
     dropped_on_failure,
     limit_within_quota,
-    storage_key,
+    new_storage_key,
 )
 from api.strict_json import StrictRoute
 from core import files, uploads
@@ -34,8 +34,8 @@ router = APIRouter(prefix="/uploads", tags=["Uploads"], route_class=StrictRoute)
 
 
 class ExpiresAfter(StrictModel):
-    anchor: Literal["created_at"]
-    seconds: int = Field(ge=MIN_LIFETIME_SECONDS, le=MAX_LIFETIME_SECONDS)
+    anchor: Literal["created_at"] = Field(description="Always `created_at`: from the finished file's creation on.")
+    seconds: int = Field(ge=MIN_LIFETIME_SECONDS, le=MAX_LIFETIME_SECONDS, description="How long the file is kept.")
 
 
 class UploadRequest(StrictModel):
@@ -53,9 +53,11 @@ class UploadRequest(StrictModel):
     )
 
     bytes: int = Field(ge=1, description="The file's whole size.")
-    filename: str = Field(min_length=1, max_length=512)
+    filename: str = Field(min_length=1, max_length=512, description="A label only.")
     mime_type: str = Field(min_length=1, max_length=255, description="Kept as a remark; the check looks at the rows.")
-    purpose: Literal["fine-tune", "evals", "user_data"]
+    purpose: Literal["fine-tune", "evals", "user_data"] = Field(
+        description="`fine-tune`: rows to train on. `evals`: rows to measure on. `user_data`: anything else."
+    )
     expires_after: ExpiresAfter | None = Field(None, description="Of the finished file; without it, it is kept.")
 
 
@@ -71,24 +73,30 @@ class CompleteRequest(StrictModel):
 class UploadObject(BaseModel):
     """A file on its way in. A `pending` one takes parts until `expires_at`, an hour after its creation."""
 
-    id: str
-    object: Literal["upload"] = "upload"
-    bytes: int
-    created_at: int
-    expires_at: int
-    filename: str
-    purpose: Literal["fine-tune", "evals", "user_data"]
-    status: Literal["pending", "completed", "cancelled", "expired"]
-    file: FileObject | None = Field(description="Once completed; null again where it has been deleted since.")
+    id: str = Field(description="`upload_…`")
+    object: Literal["upload"] = Field("upload", description="Always `upload`.")
+    bytes: int = Field(description="The file's whole size, as declared.")
+    created_at: int = Field(description="Unix seconds.")
+    expires_at: int = Field(description="Unix seconds: until then parts are taken.")
+    filename: str = Field(description="What the finished file is called.")
+    purpose: Literal["fine-tune", "evals", "user_data"] = Field(description="The finished file's.")
+    status: Literal["pending", "completed", "cancelled", "expired"] = Field(
+        description="`pending`: parts are taken. The others are final."
+    )
+    file: FileObject | None = Field(
+        description="The finished file. Null: not completed, or the file has been deleted since."
+    )
 
 
 class PartObject(BaseModel):
-    id: str
-    object: Literal["upload.part"] = "upload.part"
-    upload_id: str
-    created_at: int
-    bytes: int
-    sha256: str
+    """One part of an upload."""
+
+    id: str = Field(description="`part_…`; completing the upload names it.")
+    object: Literal["upload.part"] = Field("upload.part", description="Always `upload.part`.")
+    upload_id: str = Field(description="The upload that it belongs to.")
+    created_at: int = Field(description="Unix seconds.")
+    bytes: int = Field(description="Its size.")
+    sha256: str = Field(description="Of its bytes, in hexadecimal.")
 
 
 def _render(upload: Upload, file: File | None) -> dict[str, Any]:
@@ -238,11 +246,9 @@ def complete_upload(upload_id: str, body: CompleteRequest, caller: CallerDep, se
 
 def _assemble(service: Service, upload: Upload, parts: list[UploadPart], md5: str | None) -> File:
     """The file's row, its content being in storage."""
-    file_id = new_id("file-")
-    key = storage_key(upload.team_id, file_id)
+    key = new_storage_key(upload.team_id)
     stored = uploads.assemble(service.storage, key, parts, md5)
     return File(
-        id=file_id,
         team_id=upload.team_id,
         filename=upload.filename,
         purpose=upload.purpose,

@@ -313,6 +313,22 @@ def test_a_misspelt_or_misplaced_field_is_named_with_what_was_meant(client, name
     assert f"Did you mean '{meant}'?" in told(answer, code="unknown_parameter", param=name)["message"]
 
 
+@pytest.mark.parametrize("name", ["hyperparameters.beta", "shadow.tuning.size"])
+def test_an_unknown_field_that_is_like_none_gets_no_suggestion(client, name):
+    parents, _, last = name.rpartition(".")
+    value: object = {last: 1}
+    for parent in reversed(parents.split(".")):
+        value = {parent: value}
+    answer = client.http.post("/fine_tuning/jobs", **as_json(job_body(**value)))
+    assert "Did you mean" not in told(answer, code="unknown_parameter", param=name)["message"]
+
+
+@pytest.mark.parametrize("shown", ["null", "true", "[null, 1.5]", '{"a": false}'])
+def test_a_value_is_shown_as_json_has_it(client, shown):
+    answer = client.http.post("/fine_tuning/jobs", **as_json(job_body(training_file=json.loads(shown))))
+    assert told(answer, param="training_file")["message"].endswith(f"; found {shown}.")
+
+
 @pytest.mark.parametrize(
     ("path", "name", "meant"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
@@ -94,6 +95,8 @@ NAMES = {
     "żółć 数据.jsonl": "żółć 数据.jsonl",
     "<b>x</b>": "b>",
     "\x1b[31mred": "[31mred",
+    "हिन्दी क्‍ष नि‌म 👨‍👩‍👧.jsonl": "हिन्दी क्‍ष नि‌म 👨‍👩‍👧.jsonl",
+    "a %22b%22 100%.jsonl": 'a "b" 100%.jsonl',
 }
 
 
@@ -103,7 +106,7 @@ def test_a_file_name_is_a_label_and_never_a_path(api, client, name):
     assert answer.status_code == 200, answer.text
     assert answer.json()["filename"] == NAMES[name]
     stored = api.settings.storage_dir / "files" / client.member.team_id
-    assert [path.name for path in stored.iterdir()] == [answer.json()["id"]]
+    assert [bool(re.fullmatch("[0-9a-z]{26}", path.name)) for path in stored.iterdir()] == [True]
     content = client.http.get(f"/files/{answer.json()['id']}/content")
     assert content.content == ROW
     said = Message()

@@ -206,6 +206,16 @@ def test_a_server_killed_in_the_middle_of_uploads_leaves_nothing_once_a_sweep_ha
         assert [path.read_bytes() for path in stored(tmp_path)] == [b"{}"]
 
 
+@pytest.mark.slow  # the server gives uploads 5 s to end
+def test_a_server_that_is_stopped_in_the_middle_of_an_upload_leaves_nothing(tmp_path):
+    with process_of_api(tmp_path) as (process, port, key), socket.create_connection((HOST, port)) as file:
+        file.sendall(head(key, "/v1/files", 2**24) + PURPOSE + FILE + b"x" * 2**22)
+        wait_until(lambda: stored(tmp_path))
+        process.terminate()
+        process.wait(30)
+        assert stored(tmp_path) == []
+
+
 def an_hour_later(data_dir):
     for path in stored(data_dir):
         os.utime(path, (time.time() - 4000, time.time() - 4000))
