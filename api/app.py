@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI
 from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 
@@ -17,6 +16,7 @@ from api.documented import document
 from api.errors import ErrorBody, OneShape, install_error_handlers
 from api.event_stream import EventFeed
 from api.middleware import BodyLimit, CleanAddress, RequestFrame, UnreadBody
+from api.polling import Polled, Polls
 from api.routes import (
     artifacts,
     checkpoints,
@@ -51,6 +51,11 @@ Files and jobs follow OpenAI's fine-tuning API: point the `openai` SDK at `http:
 the job's `shadow` object. Press *Authorize* and paste a key to try the routes here.
 """
 
+#: Of every route, with a key or without.
+_CRASH: dict[int | str, dict[str, Any]] = {
+    500: {"model": ErrorBody, "description": "The server's own fault; its log tells it under the `x-request-id`."},
+}
+
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "Something in the request cannot be used; `param` names it."},
     401: {"model": ErrorBody, "description": "No key, or a wrong one."},
@@ -66,12 +71,28 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-#: What clients poll goes straight to its handler. The same handlers are routes of FastAPI's below, which stand on the
-#: page of the routes, but whose way to a handler takes longer than the handler does.
-_POLLED: dict[str, Callable[[Request], Response]] = {
-    "/v1/fine_tuning/jobs/{job_id}": lambda request: jobs.retrieve_job(request.path_params["job_id"], request),
-    "/v1/grafts/{graft_id}": lambda request: grafts.retrieve_graft(request.path_params["graft_id"], request),
-}
+#: What clients poll.
+_POLLED = (
+    Polled("/v1/fine_tuning/jobs/{job_id}", jobs.retrieve_job),
+    Polled("/v1/grafts/{graft_id}", grafts.retrieve_graft),
+)
+
+#: `pair_checks` before `pairs`, whose `/pairs/{pair_id}` would take `check` for a pair.
+_NOUNS = (
+    files,
+    uploads,
+    jobs,
+    estimates,
+    grafts,
+    events,
+    checkpoints,
+    evaluations,
+    artifacts,
+    models,
+    pair_checks,
+    pairs,
+    unoffered,
+)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -79,11 +100,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     configure_logging(settings)
     database = open_database(settings)
     feed = EventFeed(database)
+    storage = LocalStorage(settings.storage_dir)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         with feed.open_until_exit():
             yield
+        storage.close()
         database.close()
 
     # The pages /docs and /redoc with their scripts from this server: it may stand where nothing else can be reached.
@@ -94,54 +117,25 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         static_url=DOCS_SCRIPTS_PATH,
         swagger_ui_parameters={"persistAuthorization": True},
+        responses=_CRASH,
+        redirect_slashes=False,  # it would send clients to whatever the `Host` header names
     )
     app.state.feed = feed
-    app.state.service = Service(settings=settings, database=database, storage=LocalStorage(settings.storage_dir))
+    app.state.service = Service(settings=settings, database=database, storage=storage)
     app.state.telemetry = Telemetry(database, settings)
     install_error_handlers(app)
-    for path, handler in _POLLED.items():
-        app.add_route(path, _in_a_thread(handler), include_in_schema=False)
-    app.include_router(_v1())
     app.include_router(health.router)
     app.include_router(metrics.router)
+    for noun in _NOUNS:
+        app.include_router(noun.router, prefix="/v1", dependencies=[Depends(bearer)], responses=_ERRORS)
     document(app)
     app.add_api_route("/", lambda: RedirectResponse("/docs"), include_in_schema=False)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=settings.max_json_bytes)
+    app.add_middleware(Polls, polled=_POLLED)
     app.add_middleware(CleanAddress)
     app.add_middleware(Authentication, database=database)
     app.add_middleware(UnreadBody)
     app.add_middleware(OneShape)
     app.add_middleware(RequestFrame, observe=app.state.telemetry.observe, access_log=access_log(settings))
     return app
-
-
-def _in_a_thread(handler: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
-    """As FastAPI does it for a plain function, at half the price."""
-
-    async def answer(request: Request) -> Response:
-        return await asyncio.to_thread(handler, request)
-
-    return answer
-
-
-def _v1() -> APIRouter:
-    router = APIRouter(prefix="/v1", dependencies=[Depends(bearer)], responses=_ERRORS)
-    # `pair_checks` before `pairs`, whose `/pairs/{pair_id}` would take `check` for a pair.
-    for noun in (
-        files,
-        uploads,
-        jobs,
-        estimates,
-        grafts,
-        events,
-        checkpoints,
-        evaluations,
-        artifacts,
-        models,
-        pair_checks,
-        pairs,
-        unoffered,
-    ):
-        router.include_router(noun.router)
-    return router

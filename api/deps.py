@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
 from fastapi import Depends, Query, Request, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
@@ -24,6 +26,10 @@ from core.models import Job
 from core.storage import Storage
 
 Row = TypeVar("Row")
+Item = TypeVar("Item")
+
+#: A session where one is needed, opened then: most answers of a status need none.
+OpenSession = Callable[[], AbstractContextManager[Session]]
 
 _VERSION = ("id", "team_id", "kind", "version", "status", "not_before", "memory_bytes", "gpu_memory_bytes")
 
@@ -91,14 +97,14 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Page(BaseModel):
-    """A cursor page, newest first. Ask for the next one with `after` = `last_id` while `has_more`."""
+class Page(BaseModel, Generic[Item]):
+    """A page of a list. Ask for the next one with `after` = `last_id` while `has_more`."""
 
-    object: Literal["list"] = "list"
-    data: list[Any]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
+    object: Literal["list"] = Field("list", description="Always `list`.")
+    data: list[Item] = Field(description="The items.")
+    has_more: bool = Field(description="Whether there are more after the last one.")
+    first_id: str | None = Field(description="The first item's. Null: the page is empty.")
+    last_id: str | None = Field(description="The last item's. Null: the page is empty.")
 
 
 def json_answer(value: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
@@ -118,9 +124,12 @@ def page(items: list[Any], limit: int) -> dict[str, Any]:
     }
 
 
-def owned(session: Session, table: type[Row], item_id: str, caller: Caller, *, what: str, code: str) -> Row:
-    """The caller's row. Another team's is as absent as one that never was."""
-    row = session.get(table, item_id)
+def owned(
+    session: Session, table: type[Row], item_id: str, caller: Caller, *, what: str, code: str, held: bool = False
+) -> Row:
+    """The caller's row; where it is to be `held`, nobody else changes it until the transaction ends. Another team's is
+    as absent as one that never was."""
+    row = session.get(table, item_id, with_for_update=held or None)
     if row is None or row.team_id != caller.team_id:  # type: ignore[attr-defined]  # every owned table has one
         raise no_such(item_id, what=what, code=code)
     return row
@@ -141,6 +150,11 @@ def cursor(
     if row is None:
         raise InvalidInput(f"The cursor 'after' names nothing in this list: {item_id[:100]!r}.", param="after")
     return row
+
+
+def at_hand(session: Session) -> OpenSession:
+    """For whoever has one open already."""
+    return lambda: nullcontext(session)
 
 
 def timestamp(moment: Any) -> int | None:

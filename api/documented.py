@@ -1,4 +1,5 @@
-"""What the OpenAPI page says of parameters that mean the same on every route."""
+"""What the OpenAPI page says beside what FastAPI makes of the handlers: parameters that mean the same on every route,
+and the nulls of the examples."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ _PATH: dict[str, tuple[str, str]] = {
 }
 _QUERY = {
     "kind": "Only artifacts of this kind.",
-    "limit": "How many items the page holds at most.",
+    "limit": "How many items the page holds at most. More than the maximum is an error, not cut to it.",
     "order": "`desc`: the newest first. `asc`: the oldest first.",
     "purpose": "Only files with this purpose.",
 }
@@ -31,6 +32,9 @@ def document(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         schema = plain()
+        for described in schema["components"]["schemas"].values():
+            for example in [*described.get("examples", []), *filter(None, [described.get("example")])]:
+                _put_nulls_back(example, described)
         for parameter in _parameters(schema):
             name = parameter["name"]
             if parameter["in"] == "path":
@@ -40,6 +44,12 @@ def document(app: FastAPI) -> None:
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's own way to extend the page
+
+
+def _put_nulls_back(example: dict[str, Any], schema: dict[str, Any]) -> None:
+    """FastAPI leaves every null out of the page, those of the examples, too: what is required and missing was one."""
+    missing = [name for name in schema.get("required", []) if name not in example]
+    example.update(dict.fromkeys(missing))
 
 
 def _parameters(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,20 +26,21 @@ _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE")
 
 
 class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
+    message: str = Field(description="What is wrong and what to do, in a sentence or two.")
+    type: str = Field(description="`invalid_request_error`, `permission_error`, `rate_limit_error` or `server_error`.")
+    param: str | None = Field(description="The field or parameter at fault, with dots. Null: none is.")
+    code: str | None = Field(description="Stable; programs may test for it.")
 
 
 class ErrorBody(BaseModel):
     """What every answer with a status of 400 or more holds."""
 
-    error: ErrorDetail
+    error: ErrorDetail = Field(description="The only field.")
 
 
 def error_response(error: ShadowError) -> JSONResponse:
-    message = f"{error.message} {error.hint}".strip()
+    # Many a message has no period, since it stands within other sentences, too.
+    message = f"{error.message.rstrip('.')}. {error.hint}" if error.hint else error.message
     body = {"error": {"message": message, "type": error.type, "param": error.param, "code": error.code}}
     return JSONResponse(body, status_code=error.status, headers=_headers(error))
 
@@ -61,20 +63,19 @@ class OneShape:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        start: Message | None = None
-        text = b""
+        status, text = 0, b""
 
         async def send_shaped(message: Message) -> None:
-            nonlocal start, text
+            nonlocal status, text
             if _is_foreign(message):
-                start = message
+                status = message["status"]
                 return
-            if start is None:
+            if not status:
                 await send(message)
                 return
             text += message["body"]
             if not message.get("more_body"):
-                await _reshaped(start, text)(scope, receive, send)
+                await _reshaped(status, text.decode(errors="replace"))(scope, receive, send)
 
         await self._app(scope, receive, send_shaped)
 
@@ -85,21 +86,11 @@ def _is_foreign(message: Message) -> bool:
     return (b"content-type", b"application/json") not in message["headers"]
 
 
-def _reshaped(start: Message, text: bytes) -> JSONResponse:
-    response = error_response(_plain_error(start["status"], text.decode(errors="replace")[:200]))
-    response.status_code = start["status"]
-    for name, value in start["headers"]:
-        if name == b"content-range":
-            response.headers["content-range"] = value.decode("latin-1")
+def _reshaped(status: int, text: str) -> JSONResponse:
+    said = text[:200] or f"The request was refused with the status {status}."
+    response = error_response(InvalidInput(said, code="refused"))
+    response.status_code = status
     return response
-
-
-def _plain_error(status: int, text: str) -> ShadowError:
-    if status == 416:
-        return InvalidInput("The Range lies outside of the content; Content-Range tells its size.", code="bad_range")
-    if "range" in text.lower():
-        return InvalidInput(f"The Range cannot be understood: {text}", code="bad_range")
-    return InvalidInput(text or f"The request was refused with the status {status}.", code="refused")
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -124,25 +115,30 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     response.status_code = error.status_code
     response.headers.update(error.headers or {})
     if error.status_code == 405:
-        response.headers["allow"] = ", ".join(_allowed(request))
+        response.headers["allow"] = ", ".join(_allowed(request, request.scope["path"]))
     return response
 
 
 def _from_http(request: Request, error: HTTPException) -> ShadowError:
     route = f"{request.method} {request.url.path[:200]}"
+    path: str = request.scope["path"]
     if error.status_code == 404:
-        return NotFound(f"There is no route {route}. /docs lists the routes.", code="unknown_url")
+        meant = path.rstrip("/")
+        instead = (
+            f"Leave out the slash at its end: {meant[:200]}" if _allowed(request, meant) else "/docs lists the routes"
+        )
+        return NotFound(f"There is no route {route}. {instead}.", code="unknown_url")
     if error.status_code == 405:
-        allowed = " or ".join(_allowed(request))
+        allowed = " or ".join(_allowed(request, path))
         return InvalidInput(f"The route {route} does not exist; this path takes {allowed}.", code="method_not_allowed")
     return InvalidInput(str(error.detail))
 
 
-def _allowed(request: Request) -> list[str]:
-    """Every method that this path takes. The exception names those of one route only, and two may share a path."""
+def _allowed(request: Request, path: str) -> list[str]:
+    """Every method that the path takes. The exception names those of one route only, and two may share a path."""
     found = []
     for method in _METHODS:
-        scope = {**request.scope, "method": method}
+        scope = {**request.scope, "method": method, "path": path}
         if any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes):
             found.append(method)
     return found
@@ -169,17 +165,17 @@ def from_validation(errors: Sequence[Any], *, known: Sequence[str] = ()) -> Inva
 
 
 def unknown_parameter(param: str, known: Sequence[str], *, what: str = "parameter") -> InvalidInput:
-    """With the field that was probably meant: one at the same place first, then one of any place."""
+    """With the field that was probably meant: one at the same place first, then nearly the same of any place."""
     parent, _, name = param.rpartition(".")
     beside = [path for path in known if path.rpartition(".")[0] == parent]
-    near = _nearest(name, beside) or _nearest(name, known)
+    near = _nearest(name, beside, likeness=0.6) or _nearest(name, known, likeness=0.85)
     meant = f" Did you mean '{near}'?" if near else ""
     return InvalidInput(f"Unknown {what}: '{param}'.{meant}", code="unknown_parameter", param=param)
 
 
-def _nearest(name: str, paths: Sequence[str]) -> str | None:
+def _nearest(name: str, paths: Sequence[str], *, likeness: float) -> str | None:
     by_name = {path.rpartition(".")[2]: path for path in reversed(paths)}
-    near = get_close_matches(name, by_name, n=1)
+    near = get_close_matches(name, by_name, n=1, cutoff=likeness)
     return by_name[near[0]] if near else None
 
 
@@ -198,7 +194,7 @@ def _lowered(message: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 

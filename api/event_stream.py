@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -23,11 +23,13 @@ from anyio import CancelScope, CapacityLimiter, create_task_group, move_on_after
 from fastapi import Response
 from sqlalchemy import and_, or_, select
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 from starlette.types import Receive, Scope, Send
 
 from api.deps import timestamp
 from core.db import Database
 from core.jobs import TERMINAL
+from core.keys import Caller, revoked_of
 from core.models import Job, JobEvent
 
 POLL_SECONDS = 0.5
@@ -41,6 +43,9 @@ READY_EVENTS = 256
 PAGE_EVENTS = 256
 #: Jobs that one statement asks for.
 JOBS_A_STATEMENT = 200
+
+#: By job: the events after what is known, and whether they are its last.
+_News = dict[str, tuple[list[bytes], bool]]
 
 log = structlog.get_logger("api")
 
@@ -104,6 +109,9 @@ class EventFeed:
         self.closed = False
         self._database = database
         self._channels: dict[str, _Channel] = {}
+        #: Open streams by the key that opened them, and which of those keys have been revoked since.
+        self._keys: Counter[str] = Counter()
+        self._revoked: frozenset[str] = frozenset()
         self._reader: asyncio.Task[None] | None = None
         #: A thread of its own: a crowd of requests must not keep news from the streams.
         self._thread = CapacityLimiter(1)
@@ -134,21 +142,27 @@ class EventFeed:
 
     def close(self) -> None:
         self.closed = True
-        for channel in self._channels.values():
-            channel.wake()
+        self._wake_all()
 
-    def join(self, job_id: str, last: int, *, ended: bool) -> _Channel:
+    def is_open_to(self, key_id: str) -> bool:
+        return not self.closed and key_id not in self._revoked
+
+    def join(self, job_id: str, key_id: str, last: int, *, ended: bool) -> _Channel:
         channel = self._channels.setdefault(job_id, _Channel(last, ended=ended))
         channel.streams += 1
+        self._keys[key_id] += 1
         if self._reader is None or self._reader.done():
             self._reader = asyncio.create_task(self._read_on())
         return channel
 
-    def leave(self, job_id: str) -> None:
+    def leave(self, job_id: str, key_id: str) -> None:
         channel = self._channels[job_id]
         channel.streams -= 1
         if channel.streams == 0:
             del self._channels[job_id]
+        self._keys[key_id] -= 1
+        if self._keys[key_id] == 0:
+            del self._keys[key_id]
 
     def read_page(self, job_id: str, position: int) -> list[bytes]:
         """The next events after the position, for a stream that is behind."""
@@ -165,7 +179,9 @@ class EventFeed:
     async def _read_news(self) -> None:
         positions = {job_id: channel.last for job_id, channel in self._channels.items() if not channel.ended}
         try:
-            news = await to_thread.run_sync(self._news, positions, limiter=self._thread)
+            news, self._revoked = await to_thread.run_sync(
+                self._look, positions, list(self._keys), limiter=self._thread
+            )
         except SQLAlchemyError as error:
             log.warning("event_stream_waits", error=type(error).__name__)
             return
@@ -174,23 +190,33 @@ class EventFeed:
             channel = self._channels.get(job_id)
             if channel is not None and channel.last == positions[job_id]:
                 channel.add(events, ended=ended)
+        if self._revoked:
+            self._wake_all()
 
-    def _news(self, positions: dict[str, int]) -> dict[str, tuple[list[bytes], bool]]:
-        """Of each job that has more events than its position says: those, and whether they are its last."""
-        found: dict[str, tuple[list[bytes], bool]] = {}
+    def _wake_all(self) -> None:
+        for channel in self._channels.values():
+            channel.wake()
+
+    def _look(self, positions: dict[str, int], key_ids: list[str]) -> tuple[_News, frozenset[str]]:
         with self._database.reading() as session:
-            for job_ids in _batches(list(positions)):
-                state = select(Job.id, Job.status, Job.event_count).where(Job.id.in_(job_ids))
-                moved = [row for row in session.execute(state) if row.event_count > positions[row.id]]
-                found |= {row.id: ([], row.status in TERMINAL) for row in moved}
-                newer = [
-                    and_(JobEvent.job_id == row.id, JobEvent.seq.between(positions[row.id] + 1, row.event_count))
-                    for row in moved
-                ]
-                if newer:
-                    for event in session.scalars(select(JobEvent).where(or_(*newer)).order_by(JobEvent.seq)):
-                        found[event.job_id][0].append(_encoded(event))
-        return found
+            return _news(session, positions), revoked_of(session, key_ids)
+
+
+def _news(session: Session, positions: dict[str, int]) -> _News:
+    """Of each job that has more events than its position says."""
+    found: _News = {}
+    for job_ids in _batches(list(positions)):
+        state = select(Job.id, Job.status, Job.event_count).where(Job.id.in_(job_ids))
+        moved = [row for row in session.execute(state) if row.event_count > positions[row.id]]
+        found |= {row.id: ([], row.status in TERMINAL) for row in moved}
+        newer = [
+            and_(JobEvent.job_id == row.id, JobEvent.seq.between(positions[row.id] + 1, row.event_count))
+            for row in moved
+        ]
+        if newer:
+            for event in session.scalars(select(JobEvent).where(or_(*newer)).order_by(JobEvent.seq)):
+                found[event.job_id][0].append(_encoded(event))
+    return found
 
 
 def _batches(job_ids: list[str]) -> Iterator[list[str]]:
@@ -199,17 +225,19 @@ def _batches(job_ids: list[str]) -> Iterator[list[str]]:
 
 
 class EventStream(Response):
-    """Every event after `position`, as it comes, until the job's last one."""
+    """Every event after `position`, as it comes, until the job's last one or the revocation of the caller's key."""
 
-    def __init__(self, feed: EventFeed, job: Job, position: int) -> None:
+    def __init__(self, feed: EventFeed, job: Job, position: int, caller: Caller) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self._feed = feed
         self._job = job
         self._position = position
+        self._key_id = caller.key_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        channel = self._feed.join(self._job.id, self._job.event_count, ended=self._job.status in TERMINAL)
+        ended = self._job.status in TERMINAL
+        channel = self._feed.join(self._job.id, self._key_id, self._job.event_count, ended=ended)
         try:
             async with create_task_group() as group:
                 group.start_soon(_end_when_gone, receive, group.cancel_scope)
@@ -218,10 +246,10 @@ class EventStream(Response):
                     await self._write_all(channel, send, writing)
                 group.cancel_scope.cancel()
         finally:
-            self._feed.leave(self._job.id)
+            self._feed.leave(self._job.id, self._key_id)
 
     async def _write_all(self, channel: _Channel, send: Send, writing: CancelScope) -> None:
-        while not self._feed.closed:
+        while self._feed.is_open_to(self._key_id):
             events = await self._next_events(channel)
             if events:
                 await _write(send, b"".join(events), writing)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
-import uuid
 from collections.abc import Callable
 
 import structlog
@@ -156,9 +156,13 @@ def _announced(headers: Headers) -> float:
     return int(declared) if declared.isdecimal() else 0
 
 
+def new_request_id() -> str:
+    return f"req_{os.urandom(16).hex()}"
+
+
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+    return given if _REQUEST_ID.fullmatch(given) else new_request_id()
 
 
 def _in_words(error: Exception, request_id: str) -> ShadowError:

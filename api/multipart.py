@@ -22,6 +22,8 @@ from core.storage import Incoming, Storage
 MAX_FIELD_BYTES = 4096
 MAX_FIELDS = 16
 MAX_FILENAME = 512
+#: Unprintable, and yet part of how a name is written: they join letters, as in Devanagari, and emoji.
+JOINERS = "\u200c\u200d"
 MAX_BOUNDARY_BYTES = 200
 #: What a form may have around its file: boundaries, headers, the other fields.
 MAX_AROUND_BYTES = 128 * 1024
@@ -116,6 +118,7 @@ class _Reader:
         self._header_name = b""
         self._name = ""
         self._field = bytearray()
+        self._parts = 0
         self._block = bytearray()
         self._writing: asyncio.Future[None] | None = None
         self._parser = MultipartParser(
@@ -161,6 +164,9 @@ class _Reader:
     def _begin_part(self) -> None:
         self._name = ""
         self._field.clear()
+        self._parts += 1
+        if self._parts > MAX_FIELDS + 1:
+            raise InvalidInput(f"The form holds more than {MAX_FIELDS} fields besides its file.")
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._header_name += data[start:end]
@@ -181,7 +187,9 @@ class _Reader:
             return
         if self._form.filename is not None:
             raise InvalidInput(f"The body holds two parts named '{self._part}'; send one.", param=self._part)
-        self._form.filename = clean_filename(options.get(b"filename", b"").decode("utf-8", "replace"))
+        # A form's quote comes as `%22`, from browsers and from the SDK; they leave a `%` as it is.
+        sent = options.get(b"filename", b"").replace(b"%22", b'"')
+        self._form.filename = clean_filename(sent.decode("utf-8", "replace"))
 
     def _on_data(self, data: bytes, start: int, end: int) -> None:
         if self._name == self._part:
@@ -190,12 +198,15 @@ class _Reader:
             self._block += memoryview(data)[start:end]
             return
         self._field += data[start:end]
-        if len(self._field) > MAX_FIELD_BYTES or len(self._form.fields) >= MAX_FIELDS:
-            raise InvalidInput("The form holds more fields, or longer ones, than an upload needs.", param=self._name)
+        if len(self._field) > MAX_FIELD_BYTES:
+            raise InvalidInput(f"The field is longer than {MAX_FIELD_BYTES:,} bytes.", param=self._name)
 
     def _end_part(self) -> None:
-        if self._name != self._part:
-            self._form.fields[self._name] = self._field.decode("utf-8", "replace")
+        if self._name == self._part:
+            return
+        if self._name in self._form.fields:
+            raise InvalidInput(f"The body holds two fields named '{self._name[:100]}'; send one.", param=self._name)
+        self._form.fields[self._name] = self._field.decode("utf-8", "replace")
 
     def _end(self) -> None:
         self._form.complete = True
@@ -215,5 +226,5 @@ def _boundary(content_type: str) -> bytes:
 def clean_filename(filename: str) -> str:
     """The name as a label only: no folders, no control characters. Storage never sees it."""
     name = filename.replace("\\", "/").rpartition("/")[2]
-    printable = "".join(character for character in name if character.isprintable())
+    printable = "".join(character for character in name if character.isprintable() or character in JOINERS)
     return printable[:MAX_FILENAME] or "upload"

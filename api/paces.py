@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 from sqlalchemy.orm import Session
 
@@ -21,16 +22,19 @@ class PaceBoard:
     def __init__(self) -> None:
         self._known: dict[tuple[str, str, str | None], tuple[float, Mapping[str, float]]] = {}
 
-    def reader(self, session: Session) -> Callable[[Job], Mapping[str, float]]:
-        """The session is used only where the board is out of date."""
-        return lambda job: self._seconds(session, job)
+    def reader(
+        self, open_session: Callable[[], AbstractContextManager[Session]]
+    ) -> Callable[[Job], Mapping[str, float]]:
+        """A session is opened only where the board is out of date."""
+        return lambda job: self._seconds(open_session, job)
 
-    def _seconds(self, session: Session, job: Job) -> Mapping[str, float]:
+    def _seconds(self, open_session: Callable[[], AbstractContextManager[Session]], job: Job) -> Mapping[str, float]:
         kind = (job.request["pair"]["name"], tuning_of(job), job.worker_id)
         until, seconds = self._known.get(kind, (0.0, {}))
         if time.monotonic() < until:
             return seconds
-        seconds = usual_seconds(session, job)
+        with open_session() as session:
+            seconds = usual_seconds(session, job)
         if len(self._known) >= MAX_KINDS:
             self._known.clear()
         self._known[kind] = (time.monotonic() + FRESH_SECONDS, seconds)

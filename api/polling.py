@@ -7,16 +7,19 @@ the row is compared with the client's tag before anything is rendered.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
-from sqlalchemy.orm import Session, defer
+from sqlalchemy.orm import defer
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.deps import Service, json_answer
+from api.deps import OpenSession, Service, json_answer
+from api.errors import error_response
 from api.strict_json import refuse_unknown
-from core.errors import NotFound
+from api.threads import Threads
+from core.errors import NotFound, ShadowError
 from core.jobs import waiting_for
 from core.keys import Caller
 from core.models import Job
@@ -39,8 +42,39 @@ POLLED: dict[int | str, dict[str, Any]] = {
 }
 
 
-def why_waiting(session: Session, job: Job, service: Service) -> str | None:
-    return waiting_for(job, service.lanes.reader(lambda: nullcontext(session)))
+#: Each holds a connection to the database while it reads.
+_threads = Threads(4)
+
+
+@dataclass(frozen=True)
+class Polled:
+    """A route for one job by its id."""
+
+    #: As the OpenAPI page writes it; the metrics' name for it.
+    path: str
+    answer: Callable[[str, Request], Response]
+
+
+class Polls:
+    """In front of the routes: what clients poll goes straight to its handler. The handlers are routes of FastAPI too,
+    and so stand on the page of the routes, but its way to a handler takes longer than the handler does."""
+
+    def __init__(self, app: ASGIApp, polled: Sequence[Polled]) -> None:
+        self._app = app
+        self._polled = {one.path.rpartition("/")[0]: one for one in polled}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        folder, _, job_id = scope.get("path", "").rpartition("/")
+        polled = self._polled.get(folder)
+        if polled is None or not job_id or scope.get("method") not in {"GET", "HEAD"}:
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = polled
+        try:
+            answer = await _threads.run(polled.answer, job_id, Request(scope))
+        except ShadowError as error:
+            answer = error_response(error)
+        await answer(scope, receive, send)
 
 
 def answer_poll(
@@ -49,7 +83,7 @@ def answer_poll(
     *,
     is_shown: Callable[[Job], bool],
     absent: Callable[[], NotFound],
-    render: Callable[[Session, Job, Service], dict[str, Any]],
+    render: Callable[[OpenSession, Job, Service], dict[str, Any]],
 ) -> Response:
     """The caller's job as `render` shows it, or a 304 where the client has it already."""
     if request.scope["query_string"]:
@@ -69,8 +103,7 @@ def answer_poll(
         if _has(seen, etag):
             return Response(status_code=304, headers={"etag": etag})
     job = owned(service.job_status.get(job_id))
-    with service.database.reading() as session:  # opens nothing unless `render` asks it
-        shown = render(session, job, service)
+    shown = render(service.database.reading, job, service)
     return json_answer(shown, {"etag": _etag(job, shown["waiting_for"])})
 
 

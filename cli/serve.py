@@ -18,7 +18,6 @@ from types import FrameType
 
 import psutil
 import structlog
-import uvicorn
 
 from core.config import Settings, get_settings
 from core.errors import Conflict
@@ -40,6 +39,10 @@ log = structlog.get_logger("serve")
 
 
 def run_api() -> None:
+    import uvicorn
+
+    from api.protocol import SERVER
+
     settings = get_settings()
     _announce_key(settings)
     uvicorn.run(
@@ -47,10 +50,8 @@ def run_api() -> None:
         factory=True,
         host=settings.host,
         port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
         timeout_graceful_shutdown=5,
+        **SERVER,
     )
 
 

@@ -1,8 +1,6 @@
-"""The Celery app, and nudge().
+"""nudge(): tell the workers that there is something to do, over the queues of `core.celery_app`.
 
-A message only says "look": it is empty, so that any of them may be lost, doubled or late without harm. Hence no result
-backend, no late acks, no retries, no remote control; the database is the record. Nor does anybody wait for one to be
-sent: a thread sends them, so that a broker that hangs makes no request slow.
+Nobody waits for a nudge to be sent: a thread sends them, so that a broker that hangs makes no request slow.
 """
 
 from __future__ import annotations
@@ -10,74 +8,15 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import redis
 import structlog
-from celery import Celery
-from kombu import Exchange, Queue
-from kombu.transport import TRANSPORT_ALIASES
 
-from core.config import Settings, get_settings
+from core.config import Settings
 
 TaskName = Literal["work", "admit", "check_file", "check_pair"]
 
-#: The queue on which each task runs: hours of GPU time, or seconds of a CPU.
-QUEUE_OF: dict[TaskName, str] = {"work": "jobs", "admit": "light", "check_file": "light", "check_pair": "light"}
-
-#: A nudge is given up after this long: the sweep will repeat it.
-NUDGE_TIMEOUT_SECONDS = 2.0
-
-TRANSPORT_ALIASES["embedded"] = "core.embedded_broker:Transport"
-TRANSPORT_ALIASES["redis"] = TRANSPORT_ALIASES["rediss"] = "core.redis_broker:Transport"
-
 log = structlog.get_logger(__name__)
-
-
-def make_celery(settings: Settings) -> Celery:
-    app = Celery("shadowft", set_as_current=True)
-    app.conf.update(
-        broker_url=settings.broker_url.get_secret_value() or "embedded://localhost",
-        broker_transport_options=_transport_options(settings),
-        broker_connection_retry_on_startup=True,
-        broker_connection_max_retries=None,
-        broker_connection_timeout=NUDGE_TIMEOUT_SECONDS,
-        result_backend=None,
-        task_ignore_result=True,
-        task_serializer="json",
-        accept_content=["json"],
-        task_acks_late=False,
-        task_queues=[_queue(name) for name in sorted(set(QUEUE_OF.values()))],
-        task_default_queue="light",
-        worker_prefetch_multiplier=1,
-        worker_enable_remote_control=False,
-        worker_send_task_events=False,
-        worker_hijack_root_logger=False,
-        worker_cancel_long_running_tasks_on_connection_loss=False,
-    )
-    return app
-
-
-def _queue(name: str) -> Queue:
-    # The default exchange routes by the queue's name, so that there is no binding to keep.
-    return Queue(name, Exchange(""), routing_key=name)
-
-
-def _transport_options(settings: Settings) -> dict[str, Any]:
-    if not settings.broker_url.get_secret_value():
-        return {"folder": str(settings.broker_dir)}
-    return {
-        # What is taken is taken: a message that is lost is none the worse, and a full Redis refuses to keep account.
-        "ack_emulation": False,
-        "socket_keepalive": True,
-        "health_check_interval": 25,
-        # Longer than a reader waits for a message, which is a second.
-        "socket_timeout": 5,
-        "socket_connect_timeout": NUDGE_TIMEOUT_SECONDS,
-    }
-
-
-celery = make_celery(get_settings())
 
 
 class Nudger:
@@ -107,6 +46,9 @@ class Nudger:
 
 
 def _send(task: TaskName) -> None:
+    # Celery takes a while to import, and an API that has just started has nothing to tell.
+    from core.celery_app import QUEUE_OF, celery
+
     try:
         celery.send_task(
             task, queue=QUEUE_OF[task], retry=False, ignore_result=True, expires=3600, connection_timeout=2
@@ -128,6 +70,8 @@ def is_reachable(settings: Settings) -> bool:
     url = settings.broker_url.get_secret_value()
     if not url:
         return os.access(settings.data_dir, os.W_OK)
+    import redis
+
     client = redis.Redis.from_url(url, socket_timeout=1, socket_connect_timeout=1)
     try:
         return bool(client.ping())

@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.errors import InvalidInput, Unavailable
-from core.hub import HUB_TIMEOUT_SECONDS, hub_errors, readable_snapshot
+from core.hub import HUB_TIMEOUT_SECONDS, ask_hub, hub_away, hub_errors, readable_snapshot
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -67,8 +67,7 @@ SMALL_FILE_PATTERNS = [
     *(_any_case(f"{prefix}*") for prefix in _SMALL_PREFIXES),
     *(_any_case(name) for name in _SMALL_NAMES),
 ]
-#: `.safetensors` is not among them: a model's weights are fetched by the same call.
-NOT_SMALL_FILE_PATTERNS = [_any_case(f"*{suffix}") for suffix in _NEVER_SMALL if suffix != ".safetensors"]
+NOT_SMALL_FILE_PATTERNS = [_any_case(f"*{suffix}") for suffix in _NEVER_SMALL]
 
 #: Bytes of one element.
 DTYPE_BYTES = {
@@ -78,14 +77,18 @@ DTYPE_BYTES = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
 
+#: By what a config sends transformers to other weights, and to another config.
+_OTHER_FILES = ("transformers_weights", "configuration_files")
+
 #: What else the format has (F4, F6_E2M3, F6_E3M2, F8_E4M3FNUZ, ...) is narrow too, and used in quantised models only.
 _QUANTISED_DTYPES = ("F4", "F6", "F8")
 
 #: A folder that cannot be read for one of these may be read later, as it is.
-_PASSING_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+PASSING_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
-#: The format's own limit.
-MAX_HEADER_BYTES = 100_000_000
+#: Of a JSON file beside the weights, and of the headers of all weight files together: the models with the most tensors
+#: (a hundred thousand) have ten megabytes of either. The API reads both while a client waits.
+MAX_JSON_BYTES = 16 * 2**20
 _LENGTH_BYTES = 8
 
 _HUB_THREADS = 8
@@ -165,6 +168,13 @@ class Checkpoint:
         return next((count for count in stated if isinstance(count, int)), None)
 
 
+class _Header(NamedTuple):
+    """Of one safetensors file."""
+
+    bytes: int
+    tensors: list[TensorInfo]
+
+
 @dataclass(frozen=True)
 class AdapterHeader:
     """A PEFT adapter without its weights."""
@@ -201,19 +211,25 @@ def read_side_file(folder: Path, file: str) -> dict[str, Any] | None:
         return _read_json(folder, file) if (folder / file).exists() else None
 
 
+def shard_files(index: Path, where: str) -> set[str]:
+    """The weight files that an index names; `where` is what an error calls it. Raises as for a model."""
+    with _disk_errors(index):
+        return set(_shards_by_tensor(_strict_json(_read_whole(index, where), where), where).values())
+
+
 def read_adapter(folder: Path) -> AdapterHeader:
     """Read the PEFT adapter in `folder`. InvalidInput: it is missing, damaged, or kept as a pickle only."""
     with _disk_errors(folder):
         if not (folder / ADAPTER_CONFIG_FILE).exists():
             raise _no_adapter(folder)
         config = _read_json(folder, ADAPTER_CONFIG_FILE)
-        return AdapterHeader(str(folder), config, _by_name(_read_header(folder, ADAPTER_FILE), folder.name))
+        return AdapterHeader(str(folder), config, _by_name([_read_header(folder, ADAPTER_FILE)], folder.name))
 
 
 def read_tensors(folder: Path, file: str) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file. Raises as for a model."""
     with _disk_errors(folder):
-        return _by_name(_read_header(folder, file), folder.name)
+        return _by_name([_read_header(folder, file)], folder.name)
 
 
 def read_hub_checkpoint(repo_id: str, revision: str, *, cache_dir: Path) -> Checkpoint:
@@ -249,7 +265,7 @@ def read_hub_side_file(repo_id: str, revision: str, file: str, *, cache_dir: Pat
 # --- one file ---------------------------------------------------------------------------------------------------------
 
 
-def _read_header(folder: Path, file: str) -> list[TensorInfo]:
+def _read_header(folder: Path, file: str) -> _Header:
     where = f"{folder.name}/{file}"
     if not (folder / file).is_file():
         raise _missing(f"{where} is missing", "Copy or download the folder again, whole.")
@@ -257,10 +273,12 @@ def _read_header(folder: Path, file: str) -> list[TensorInfo]:
         file_bytes = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
         data_start = _LENGTH_BYTES + length
-        if file_bytes <= _LENGTH_BYTES or length > min(MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
+        if file_bytes <= _LENGTH_BYTES or length > file_bytes - _LENGTH_BYTES:
             raise _damaged(where, f"its header claims {length} bytes and the file has {file_bytes}")
+        if length > MAX_JSON_BYTES:
+            raise _too_large(f"The header of {where} takes", length)
         entries = _strict_json(stream.read(length), where)
-    return _parse_entries(entries, where, file, data_start=data_start, file_bytes=file_bytes)
+    return _Header(length, _parse_entries(entries, where, file, data_start=data_start, file_bytes=file_bytes))
 
 
 def _parse_entries(
@@ -274,6 +292,8 @@ def _parse_entries(
 
 
 def _parse_tensor(name: str, entry: Any, where: str, file: str, data_start: int) -> TensorInfo:
+    if name != name.encode(errors="ignore").decode():  # half of a surrogate pair could be neither written nor shown
+        raise _damaged(where, f"the name {ascii(name)[:80]} is no text")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _damaged(where, f"the entry of {name} is {str(entry)[:80]}, not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -315,27 +335,33 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise _missing(f"{folder.name} is not a folder", "Name a folder with a model in the Hugging Face layout.")
     config = _read_json(folder, CONFIG_FILE)
     _refuse_code(folder.name, config, os.listdir(folder))
+    _refuse_other_files(folder.name, config)
     return config
 
 
 def _read_weights(folder: Path, single: str, index: str) -> dict[str, TensorInfo]:
     if (folder / single).exists():  # transformers, too, takes the single file first
-        return _by_name(_read_header(folder, single), folder.name)
+        return _by_name([_read_header(folder, single)], folder.name)
     if not (folder / index).exists():
         raise _no_safetensors(folder.name, single, index)
     shard_of = _shards_by_tensor(_read_json(folder, index), f"{folder.name}/{index}")
-    headers = [_read_header(folder, shard) for shard in sorted(set(shard_of.values()))]
-    tensors = _by_name((info for header in headers for info in header), folder.name)
+    tensors = _by_name((_read_header(folder, shard) for shard in sorted(set(shard_of.values()))), folder.name)
     _compare_index(shard_of, tensors, f"{folder.name}/{index}")
     return tensors
 
 
-def _by_name(infos: Iterable[TensorInfo], where: str) -> dict[str, TensorInfo]:
+def _by_name(headers: Iterable[_Header], where: str) -> dict[str, TensorInfo]:
+    """The headers are looked at as they come: of those beyond the limit none is read."""
     tensors: dict[str, TensorInfo] = {}
-    for info in infos:
-        if info.name in tensors:
-            raise _damaged(where, f"{info.name} stands in both {tensors[info.name].file} and {info.file}")
-        tensors[info.name] = info
+    read_bytes = 0
+    for header in headers:
+        read_bytes += header.bytes
+        if read_bytes > MAX_JSON_BYTES:
+            raise _too_large(f"The headers of {where} take", read_bytes)
+        for info in header.tensors:
+            if info.name in tensors:
+                raise _damaged(where, f"{info.name} stands in both {tensors[info.name].file} and {info.file}")
+            tensors[info.name] = info
     return tensors
 
 
@@ -364,18 +390,53 @@ def _refuse_code(where: str, config: dict[str, Any], file_names: Iterable[str]) 
     programs = sorted(name for name in file_names if name.endswith(".py"))
     if programs:
         raise _needs_code(where, f"it holds {programs[0]}")
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    if any(part.get("auto_map") for part in parts):
-        raise _needs_code(where, f"its {CONFIG_FILE} has an auto_map")
+    for part in _parts(config):
+        if part.get("auto_map"):
+            raise _needs_code(where, f"its {CONFIG_FILE} has an auto_map")
+        for key, value in part.items():
+            if key.endswith("_implementation") and "/" in str(value):  # transformers would fetch a kernel of that name
+                raise _needs_code(where, f"its {CONFIG_FILE} has {key} {str(value)[:80]!r}")
+
+
+def _refuse_other_files(where: str, config: dict[str, Any]) -> None:
+    """What is checked is config.json and the weights that the index names, so nothing else may be loaded for them."""
+    for part in _parts(config):
+        for key in _OTHER_FILES:
+            if part.get(key):
+                raise InvalidInput(
+                    f"{where}/{CONFIG_FILE} has {key} {str(part[key])[:200]!r}, so that other files would be loaded "
+                    "than those that were checked",
+                    code="foreign_file",
+                    hint=f"Take {key} out of {CONFIG_FILE}, and keep the weights in {SINGLE_FILE} or under "
+                    f"{INDEX_FILE}.",
+                )
+
+
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The config and every config inside it. Not recursive: a stranger says how deep it goes."""
+    waiting: list[Any] = [config]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            yield part
+            waiting += part.values()
 
 
 def _read_json(folder: Path, file: str) -> dict[str, Any]:
     where = f"{folder.name}/{file}"
     try:
-        raw = (folder / file).read_bytes()
+        raw = _read_whole(folder / file, where)
     except (FileNotFoundError, NotADirectoryError):
         raise _missing(f"{where} is missing", "Name a folder with a model in the Hugging Face layout.") from None
     return _strict_json(raw, where)
+
+
+def _read_whole(path: Path, where: str) -> bytes:
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > MAX_JSON_BYTES:
+            raise _too_large(f"{where} takes", size)
+        return stream.read(MAX_JSON_BYTES)
 
 
 def _strict_json(raw: bytes, where: str) -> dict[str, Any]:
@@ -406,52 +467,79 @@ def _fetch(repo_id: str, revision: str, cache_dir: Path) -> tuple[dict[str, Any]
     from huggingface_hub import HfApi
 
     api = HfApi()
-    info = api.model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    info = ask_hub(repo_id, revision)
     names = {sibling.rfilename for sibling in info.siblings or []}
 
     def fetch_json(file: str) -> dict[str, Any]:
         return _fetch_json(api, repo_id, file, revision, cache_dir)
 
-    def fetch_header(file: str) -> list[TensorInfo]:
+    def fetch_header(file: str) -> _Header:
         return _fetch_header(api, repo_id, file, revision)
 
     config = fetch_json(CONFIG_FILE)
     _refuse_code(repo_id, config, [name for name in names if "/" not in name])
+    _refuse_other_files(repo_id, config)
     if SINGLE_FILE in names:
-        return config, _by_name(fetch_header(SINGLE_FILE), repo_id)
+        return config, _by_name([fetch_header(SINGLE_FILE)], repo_id)
     if INDEX_FILE not in names:
         raise _no_safetensors(repo_id)
     shard_of = _shards_by_tensor(fetch_json(INDEX_FILE), f"{repo_id}/{INDEX_FILE}")
     if len(set(shard_of.values())) > MAX_HUB_SHARDS:
         raise _damaged(f"{repo_id}/{INDEX_FILE}", f"it names more than {MAX_HUB_SHARDS} files")
-    with ThreadPoolExecutor(_HUB_THREADS) as pool:
-        headers = list(pool.map(fetch_header, sorted(set(shard_of.values()))))
-    tensors = _by_name((info for header in headers for info in header), repo_id)
+    pool = ThreadPoolExecutor(_HUB_THREADS)
+    try:
+        tensors = _by_name(pool.map(fetch_header, sorted(set(shard_of.values()))), repo_id)
+    finally:
+        pool.shutdown(cancel_futures=True)
     _compare_index(shard_of, tensors, f"{repo_id}/{INDEX_FILE}")
     return config, tensors
 
 
 def _fetch_json(api: Any, repo_id: str, file: str, revision: str, cache_dir: Path) -> dict[str, Any]:
+    from huggingface_hub import try_to_load_from_cache
+
+    where = f"{repo_id}/{file}"
+    if not isinstance(try_to_load_from_cache(repo_id, file, cache_dir, revision), str):
+        size = _size_on_hub(api, repo_id, file, revision)
+        if size > MAX_JSON_BYTES:
+            raise _too_large(f"{where} takes", size)
     path = Path(api.hf_hub_download(repo_id, file, revision=revision, cache_dir=cache_dir))
-    return _strict_json(path.read_bytes(), f"{repo_id}/{file}")
+    return _strict_json(_read_whole(path, where), where)
 
 
-def _fetch_header(api: Any, repo_id: str, file: str, revision: str) -> list[TensorInfo]:
-    """The Hub's client reads the header by a range request; the file's size tells how long that header is."""
+def _size_on_hub(api: Any, repo_id: str, file: str, revision: str) -> int:
     from huggingface_hub import hf_hub_url
 
-    header = api.parse_safetensors_file_metadata(repo_id, file, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
     url = hf_hub_url(repo_id, file, revision=revision, endpoint=api.endpoint)
-    file_bytes = api.get_hf_file_metadata(url=url, timeout=HUB_TIMEOUT_SECONDS).size
+    size: int | None = api.get_hf_file_metadata(url=url, timeout=HUB_TIMEOUT_SECONDS).size
+    if size is None:
+        raise hub_away(repo_id, f"does not say how large {file} is")
+    return size
+
+
+def _fetch_header(api: Any, repo_id: str, file: str, revision: str) -> _Header:
+    """The Hub's client reads the header by a range request; the file's size tells how long that header is."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    where = f"{repo_id}/{file}"
+    try:
+        header = api.parse_safetensors_file_metadata(repo_id, file, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+        data_bytes = max((int(tensor.data_offsets[1]) for tensor in header.tensors.values()), default=0)
+    except HfHubHTTPError:  # some are ValueErrors
+        raise
+    # JSON of a shape that neither expects.
+    except (AttributeError, IndexError, RecursionError, TypeError, ValueError) as error:
+        raise _damaged(where, f"its header is no table of tensors ({str(error)[:200]})") from None
+    file_bytes = _size_on_hub(api, repo_id, file, revision)
     entries = {
         name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": list(tensor.data_offsets)}
         for name, tensor in header.tensors.items()
     }
-    data_bytes = max((tensor.data_offsets[1] for tensor in header.tensors.values()), default=0)
-    where = f"{repo_id}/{file}"
     if file_bytes < _LENGTH_BYTES + data_bytes:
         raise _damaged(where, f"its tensors need {data_bytes} bytes and the file has {file_bytes}")
-    return _parse_entries(entries, where, file, data_start=file_bytes - data_bytes, file_bytes=file_bytes)
+    data_start = file_bytes - data_bytes
+    tensors = _parse_entries(entries, where, file, data_start=data_start, file_bytes=file_bytes)
+    return _Header(data_start - _LENGTH_BYTES, tensors)
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
@@ -464,6 +552,14 @@ def _missing(message: str, hint: str) -> InvalidInput:
 def _damaged(where: str, finding: str) -> InvalidInput:
     return InvalidInput(
         f"{where} is damaged: {finding}", code="damaged_checkpoint", hint="Copy or download the file again."
+    )
+
+
+def _too_large(what_takes: str, size: int) -> InvalidInput:
+    return InvalidInput(
+        f"{what_takes} {size:,} bytes, and at most {MAX_JSON_BYTES:,} are read of such a thing",
+        code="checkpoint_too_large",
+        hint="Take the file of the model's own release.",
     )
 
 
@@ -492,7 +588,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         file = Path(error.filename or folder)
         where = folder.name if file == folder else f"{folder.name}/{file.name}"
         finding = f"{where} cannot be read ({error.strerror or error})"
-        if error.errno in _PASSING_ERRORS:
+        if error.errno in PASSING_ERRORS:
             raise Unavailable(
                 finding, code="storage_unavailable", hint="Try again; if it stays, look after the disk."
             ) from error

@@ -7,7 +7,9 @@ BEGIN, because one that reads first and locks later fails at once under contenti
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from core.config import Settings
+from core.errors import clean
 
 #: Taken by whoever sets a database up: two processes that start at once must not both do it.
 _SETUP_LOCK = 0x5AD0F7
@@ -41,6 +44,9 @@ IDLE_IN_TRANSACTION_SECONDS = 30
 ANSWER_SECONDS = 40
 #: How long a request waits for a connection while all are in use; then it is answered that the database is busy.
 POOL_SECONDS = 5
+
+#: In JSON as Python writes it: U+0000, or a surrogate, which may be half of a pair.
+_PERHAPS_UNCLEAN = re.compile(r"\\u(0000|d[89a-f])")
 
 #: How long a statement waits for SQLite's write lock.
 SQLITE_BUSY_TIMEOUT_MS = 10_000
@@ -144,13 +150,15 @@ def open_database(settings: Settings) -> Database:
 
 def _make_engine(url: str) -> Engine:
     if not url.startswith("sqlite"):
-        engine = create_engine(url, pool_pre_ping=True, pool_timeout=POOL_SECONDS, connect_args=_POSTGRESQL)
+        engine = create_engine(
+            url, pool_pre_ping=True, pool_timeout=POOL_SECONDS, connect_args=_POSTGRESQL, json_serializer=_to_json
+        )
         event.listen(
             engine, "do_connect", lambda _dialect, _record, args, options: PatientConnection.connect(*args, **options)
         )
         event.listen(engine, "connect", _prepare_postgresql)
         return engine
-    engine = create_engine(url, pool_timeout=POOL_SECONDS)
+    engine = create_engine(url, pool_timeout=POOL_SECONDS, json_serializer=_to_json)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -197,6 +205,21 @@ def _prepare_postgresql(connection: Any, _record: Any) -> None:
     with connection.cursor() as cursor:
         cursor.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_IN_TRANSACTION_SECONDS}s'")
     connection.commit()
+
+
+def _to_json(value: Any) -> str:
+    """What a JSON column gets. Findings, events and figures hold names from strangers' files, and PostgreSQL refuses a
+    row for one U+0000 or half a surrogate pair in them."""
+    text = json.dumps(value)
+    return json.dumps(_cleaned(value)) if _PERHAPS_UNCLEAN.search(text) else text
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, dict):
+        return {_cleaned(key): _cleaned(part) for key, part in value.items()}
+    return [_cleaned(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

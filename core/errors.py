@@ -12,7 +12,7 @@
     │   └── InFlight                 the same request is being answered just now; trying again helps
     ├── TooLarge                413
     ├── RangeUnusable           416  a `Range` that names no byte of the file
-    ├── QuotaExceeded           429  the team's storage is full; asking again changes nothing
+    ├── QuotaExceeded           429  the team's share is used up; asking again changes nothing by itself
     ├── UnsupportedMedia        415  a body in a form that is not read here
     ├── Unavailable             503  a part that this needs is away; trying again helps
     ├── StepFailed                   a job's step ended badly; carries a Cause
@@ -33,11 +33,16 @@ Fault = Literal["user", "memory", "infrastructure"]
 _MAX_TEXT = 4000
 
 
+def clean(text: str) -> str:
+    """A text that may hold names and values from strangers' files, as an answer and a row can hold it: without U+0000
+    and lone surrogates. PostgreSQL takes neither, and UTF-8 not the latter."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
 def told(text: str) -> str:
-    """A text that may hold names and values from strangers' files, as an answer and a row can hold it: no lone
-    surrogate, no U+0000, and not endless."""
-    clean = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
-    return clean if len(clean) <= _MAX_TEXT else f"{clean[:_MAX_TEXT]}…"
+    """The same, and not endless: for sentences."""
+    cleaned = clean(text)
+    return cleaned if len(cleaned) <= _MAX_TEXT else f"{cleaned[:_MAX_TEXT]}…"
 
 
 @dataclass(frozen=True, kw_only=True)

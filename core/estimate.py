@@ -36,8 +36,10 @@ TRAINABLE_BYTES = 16
 #: (digits, code in odd languages, Chinese).
 LONGEST_TOKEN_CHARACTERS = 5.0
 SHORTEST_TOKEN_CHARACTERS = 1.5
-#: Tokens that a chat format puts around a row.
-FORMAT_TOKENS = 30
+#: Tokens that a chat format puts around a row: at least a begin, an end and what parts question and answer; at most
+#: two headers for each turn and a system message of its own.
+LEAST_FORMAT_TOKENS = 4
+MOST_FORMAT_TOKENS = 30
 #: Checkpoints that a LoRA publishes beside its adapter: two epochs' ends before the last, and the best one.
 OTHER_CHECKPOINTS = 3
 #: Where a config does not say: a guess on the high side.
@@ -78,9 +80,9 @@ def lora_parameter_count(checkpoint: Checkpoint, rank: int) -> int:
 
 
 def token_range(characters: int, rows: int) -> tuple[int, int]:
-    """The fewest and the most tokens that so many characters in so many rows may be."""
-    fewest = math.ceil(characters / LONGEST_TOKEN_CHARACTERS)
-    return fewest, math.ceil(characters / SHORTEST_TOKEN_CHARACTERS) + FORMAT_TOKENS * rows
+    """The fewest and the most tokens that so many characters in so many rows may be, the chat format's among them."""
+    fewest = math.ceil(characters / LONGEST_TOKEN_CHARACTERS) + LEAST_FORMAT_TOKENS * rows
+    return fewest, math.ceil(characters / SHORTEST_TOKEN_CHARACTERS) + MOST_FORMAT_TOKENS * rows
 
 
 @dataclass(frozen=True)

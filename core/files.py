@@ -12,12 +12,20 @@ from sqlalchemy.orm import Session
 
 from core.db import db_now
 from core.errors import QuotaExceeded
+from core.ids import new_id
 from core.jobs import SWEEP_LIMIT, TERMINAL
-from core.models import Artifact, File, Job, Team, Upload, UploadPart
+from core.keys import hold_team
+from core.models import Artifact, File, Job, Upload, UploadPart
 
 
 def add(session: Session, file: File, *, lifetime_seconds: int | None) -> File:
-    """Add a file that waits for its check and, where it has a lifetime, expires."""
+    """Add a file that waits for its check and, where it has a lifetime, expires.
+
+    It gets its id here: files are listed in the order in which they came to be, and not in that in which their uploads
+    began.
+    """
+    hold_team(session, file.team_id)
+    file.id = new_id("file-")
     file.status = "uploaded"
     session.add(file)
     session.flush()
@@ -60,11 +68,11 @@ def used_bytes(session: Session, team_id: str) -> int:
 def take_room(session: Session, team_id: str, wanted_bytes: int, *, quota_bytes: int | None) -> None:
     """Raise QuotaExceeded where `wanted_bytes` more would pass the quota.
 
-    The team's row stays locked until the commit: of two uploads that each would just fit, one does.
+    The team stays held until the commit: of two uploads that each would just fit, one does.
     """
     if quota_bytes is None:
         return
-    session.execute(select(Team.id).where(Team.id == team_id).with_for_update())
+    hold_team(session, team_id)
     used = used_bytes(session, team_id)
     if used + wanted_bytes > quota_bytes:
         raise over_quota(used, quota_bytes)

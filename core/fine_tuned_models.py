@@ -28,10 +28,9 @@ def checkpoint_name(model: str, step: int) -> str:
 
 def find_model(session: Session, team_id: str, name: str) -> Job | None:
     """The job that made the team's model `name`; None once the model is deleted."""
-    # Two jobs of a team could only meet in eight random letters; the newer one would be meant. Ordered here, since
-    # SQLite would go through all of the team's jobs by their id for the sake of the order.
-    found = session.scalars(select(Job).where(Job.fine_tuned_model == name, Job.team_id == team_id, _has_model()))
-    return max(found, key=lambda job: job.id, default=None)
+    # Two jobs of a team could only meet in eight random letters; the newest would be meant.
+    found = select(Job).where(Job.fine_tuned_model == name, Job.team_id == team_id, _has_model())
+    return session.scalar(found.order_by(Job.finished_at.desc()).limit(1))
 
 
 def list_models(session: Session, team_id: str) -> Sequence[Job]:
@@ -48,11 +47,11 @@ def find_checkpoint(session: Session, team_id: str, name: str) -> tuple[Job, Che
     """A checkpoint by its id (`ftckpt_…`) or by its model's name (`…:ckpt-step-N`), with its job."""
     wanted = select(Job, Checkpoint).join(Checkpoint, Checkpoint.job_id == Job.id).where(Job.team_id == team_id)
     if named := _CHECKPOINT_NAME.fullmatch(name):
-        of_model = (Job.fine_tuned_model == named["model"], Checkpoint.step == int(named["step"]))
-        rows = session.execute(wanted.where(*of_model)).all()
+        wanted = wanted.where(Job.fine_tuned_model == named["model"], Checkpoint.step == int(named["step"]))
     else:
-        rows = session.execute(wanted.where(Checkpoint.id == name)).all()
-    return max(((row.Job, row.Checkpoint) for row in rows), key=lambda found: found[0].id, default=None)
+        wanted = wanted.where(Checkpoint.id == name)
+    row = session.execute(wanted.order_by(Job.finished_at.desc()).limit(1)).first()
+    return (row.Job, row.Checkpoint) if row else None
 
 
 def delete_model(session: Session, job: Job) -> list[str]:

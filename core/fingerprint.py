@@ -17,7 +17,8 @@ _SAMPLES, _SAMPLE_BYTES = 64, 64 * 1024
 
 
 def model_fingerprint(source: ModelSource, checkpoint: Checkpoint) -> str:
-    """Of a pinned Hub model its commit; of a local folder a hash of its small files, headers and sampled weights.
+    """Of a pinned Hub model its commit; of a local folder a hash of its small files, and of its weight files' state on
+    disk, headers and sampled weights.
 
     Unavailable: a file of the folder cannot be read, although its header could a moment ago.
     """
@@ -39,8 +40,15 @@ def _folder_fingerprint(folder: Path, checkpoint: Checkpoint) -> str:
     for path in sorted(small):
         taken.update(f"{path.name} {_sha256(path)}\n".encode())
     for file in sorted(checkpoint.files):
-        taken.update(f"{file} {header_sha256(folder / file)} {sampled_sha256(folder / file)}\n".encode())
+        looks = f"{_state(folder / file)} {header_sha256(folder / file)} {sampled_sha256(folder / file)}"
+        taken.update(f"{file} {looks}\n".encode())
     return taken.hexdigest()
+
+
+def _state(path: Path) -> str:
+    """What changes with the file even where no sample does, such as when a few wrong weights are mended."""
+    found = path.stat()
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"
 
 
 def _sha256(path: Path) -> str:

@@ -52,6 +52,8 @@ _OTHER_PARTS = frozenset(
 #: Parts of a path that only say where the language model is kept; `language_model.model.X`, `model.language_model.X`,
 #: `model.text_model.X`, `model.X` and the bare `X` of a model saved without its head are one tensor.
 _WRAPPERS = frozenset({"model", "language_model", "text_model", "transformer", "gpt_neox"})
+#: A layer of the language model, in a canonical name.
+_LAYER = re.compile(r"(?:decoder\.|backbone\.)?(?:layers|h|blocks)\.(\d+)\.")
 #: Computed, not learned: old checkpoints store them, newer ones do not.
 _BUFFER = re.compile(r"(rotary_emb\.inv_freq|(^|\.)attn\.(masked_)?bias)$")
 
@@ -76,7 +78,7 @@ _PACKED = re.compile(
 )
 
 #: What two models of one lineage agree on. Not here on purpose: rope settings, lengths, token ids, dtype.
-_ARCHITECTURE = (
+ARCHITECTURE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("n_embd", "n_layer", "n_head"),
     *("intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts", "n_routed_experts"),
@@ -318,7 +320,7 @@ class Lineage:
         left, right = self.left.text_config, self.right.text_config
         differing = [
             (key, left[key], right[key])
-            for key in _ARCHITECTURE
+            for key in ARCHITECTURE
             if left.get(key) is not None and right.get(key) is not None and left[key] != right[key]
         ]
         if _model_type(left) != _model_type(right):
@@ -494,6 +496,12 @@ def is_buffer(name: str) -> bool:
 def is_language(name: str) -> bool:
     """Whether the tensor belongs to the language model, and not to what a multimodal model sees or hears with."""
     return not _OTHER_PARTS.intersection(name.split("."))
+
+
+def language_layers(checkpoint: Checkpoint) -> int:
+    """How many layers of the language model are stored; 0 where none has a name that is known here."""
+    found = (_LAYER.match(canonical_name(name)) for name in checkpoint.tensors if is_language(name))
+    return len({layer.group(1) for layer in found if layer})
 
 
 def embedding(checkpoint: Checkpoint) -> str | None:

@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any
 from core.errors import InvalidInput, ShadowError, Unavailable
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+    from huggingface_hub.hf_api import RepoSibling
+
     from core.job_spec import ModelSource
 
 HUB_TIMEOUT_SECONDS = 20.0
@@ -42,14 +45,45 @@ def pin(source: ModelSource, cache: Path | None = None) -> ModelSource:
         return source
     if cache is not None and is_offline():
         return source.model_copy(update={"revision": _noted_commit(source, cache)})
-    from huggingface_hub import HfApi
-
-    with hub_errors(source.location, source.revision):
-        info = HfApi().model_info(source.location, revision=source.revision, timeout=HUB_TIMEOUT_SECONDS)
-    commit: str = info.sha  # type: ignore[assignment]  # None only where a caller asked for other fields
+    commit = ask_hub(source.location, source.revision).sha
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+        raise hub_away(source.location, f"named {str(commit)[:100]!r} as the model's commit")
     if cache is not None and source.revision != commit:
         _note_commit(source, cache, commit)
     return source.model_copy(update={"revision": commit})
+
+
+def ask_hub(
+    repo_id: str,
+    revision: str | None,
+    *,
+    with_sizes: bool = False,
+    timeout_seconds: float = HUB_TIMEOUT_SECONDS,
+) -> ModelInfo:
+    """What the Hub says about a model at a revision: its commit and its files.
+
+    Raises as `hub_errors` does. An answer of another shape, perhaps that of a proxy on the way, is Unavailable too.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    with hub_errors(repo_id, revision):
+        try:
+            info = HfApi().model_info(repo_id, revision=revision, files_metadata=with_sizes, timeout=timeout_seconds)
+            if not all(_is_described(one, with_sizes) for one in info.siblings or []):
+                raise TypeError("a file has no name, size or hash")
+        except (HfHubHTTPError, HFValidationError):  # some are ValueErrors
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # the client takes the shape on trust
+            raise _nonsense(repo_id, error) from error
+    return info
+
+
+def _is_described(file: RepoSibling, with_sizes: bool) -> bool:
+    if not with_sizes:
+        return isinstance(file.rfilename, str)
+    blob = file.lfs.sha256 if file.lfs else file.blob_id
+    return isinstance(file.rfilename, str) and isinstance(file.size, int) and isinstance(blob, str)
 
 
 def is_offline() -> bool:
@@ -102,10 +136,11 @@ def snapshot_at_hand(cache: Path, repo_id: str, commit: str, *, small: bool = Fa
 
 
 def read_mark(path: Path) -> dict[str, Any] | None:
-    """`{"files": {name: {"blob", "bytes", "mtime_ns"}}, "left_out": [name]}`; None where there is no mark."""
+    """`{"files": {name: {"blob", "bytes", "mtime_ns"}}, "left_out": [name]}`; None where there is no mark, or where a
+    full disk left half of one: then the snapshot is verified anew."""
     try:
         mark: dict[str, Any] = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
     return mark
 
@@ -135,9 +170,10 @@ def _noted_commit(source: ModelSource, cache: Path) -> str:
     if COMMIT.fullmatch(revision):
         return revision
     ref = _ref_file(source, cache).resolve()
-    if not ref.is_relative_to(cache.resolve()) or not ref.is_file():
+    noted = ref.read_text().strip() if ref.is_relative_to(cache.resolve()) and ref.is_file() else ""
+    if not COMMIT.fullmatch(noted):
         raise offline_error(source.location, revision)
-    return ref.read_text().strip()
+    return noted
 
 
 def _note_commit(source: ModelSource, cache: Path, commit: str) -> None:
@@ -171,8 +207,8 @@ def hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
         raise _missing(f"The Hub has no model {repo_id}", "Check the name; a private one needs HF_TOKEN.") from None
     except errors.RevisionNotFoundError:
         raise _missing(f"{repo_id} has no revision {revision}", "Name a branch, tag or commit of it.") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise _not_in_cache(repo_id, revision, error) from error
+    except _unanswered() as error:
+        raise _not_in_cache(repo_id, revision, error.__cause__ or error) from error
     except errors.EntryNotFoundError:
         raise _missing(f"{repo_id}@{revision} lacks a file", "Name a model in the Hugging Face layout.") from None
     except errors.HfHubHTTPError as error:
@@ -191,11 +227,26 @@ def _http_failure(repo_id: str, status: int) -> ShadowError:
     return hub_away(repo_id, f"answered with HTTP status {status}")
 
 
-def _not_in_cache(repo_id: str, revision: str | None, error: Exception) -> ShadowError:
-    """The client looks there when it cannot reach the Hub."""
+def _unanswered() -> tuple[type[Exception], ...]:
+    from huggingface_hub import errors
+
+    unreadable = (errors.FileMetadataError, json.JSONDecodeError)
+    return (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, *unreadable)
+
+
+def _not_in_cache(repo_id: str, revision: str | None, error: BaseException) -> ShadowError:
+    """The client looks there when it cannot reach the Hub, or cannot read its answer."""
+    from huggingface_hub.errors import FileMetadataError
+
     if is_offline():
         return offline_error(repo_id, revision)
-    return hub_away(repo_id, f"cannot be reached ({type(error.__cause__ or error).__name__})")
+    if isinstance(error, FileMetadataError | json.JSONDecodeError):
+        return _nonsense(repo_id, error)
+    return hub_away(repo_id, f"cannot be reached ({type(error).__name__})")
+
+
+def _nonsense(repo_id: str, error: Exception) -> Unavailable:
+    return hub_away(repo_id, f"gave an answer that is not a Hub's ({type(error).__name__}: {str(error)[:200]})")
 
 
 def _missing(message: str, hint: str) -> InvalidInput:

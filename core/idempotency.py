@@ -4,7 +4,7 @@ The answer is written in the transaction that creates the thing: either both exi
 intent wait for each other, so the second finds the first one's answer. Two ways to be the same intent:
 
 - the same `Idempotency-Key` of one team on one route, for a day;
-- a retry (the client says so) of the same body without a key, within ten minutes of the request that it repeats.
+- a retry (the client says so) of the same body without a key, within 21 minutes of the request that it repeats.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from core.models import IdempotencyKey
 
 #: An answer is kept for so long.
 KEPT = timedelta(hours=24)
-#: A retry without a key comes after the client's own timeout at the latest, which is ten minutes in the SDK.
-RETRY_WINDOW = timedelta(minutes=10)
+#: The SDK tries three times, waits ten minutes for each answer and up to eight seconds before the next try.
+RETRY_WINDOW = timedelta(minutes=21)
 #: How long a request waits for another one of the same intent. PostgreSQL's; SQLite's writers wait for all others.
 WAIT_SECONDS = 2
 #: Rows that one sweep forgets.

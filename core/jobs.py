@@ -22,9 +22,10 @@ from sqlalchemy import ColumnElement, Update, and_, case, func, or_, select, upd
 from sqlalchemy.orm import Session, aliased
 
 from core.db import db_now
-from core.errors import Cause, Conflict, LeaseLost
+from core.errors import Cause, Conflict, LeaseLost, clean
 from core.ids import new_id
 from core.job_spec import JobSpec
+from core.keys import hold_team
 from core.models import Artifact, Checkpoint, File, Job, JobEvent, Metric, PairCheck, ResumePoint, Worker
 
 Status = Literal["validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"]
@@ -115,6 +116,7 @@ class Waiting:
 
 def create(session: Session, job: Job) -> Job:
     """Put a new job at the start of its life, with its first event."""
+    hold_team(session, job.team_id)
     job.id = new_id("ftjob-")
     job.status = "validating_files"
     session.add(job)
@@ -660,7 +662,7 @@ def _insert_events(session: Session, job_id: str, events: Sequence[NewEvent], *,
             seq=seq,
             level=event.level,
             type=event.type,
-            message=event.message[:2048],
+            message=clean(event.message)[:2048],
             data=event.data,
         )
         for seq, event in enumerate(events, start=first)

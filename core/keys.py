@@ -11,6 +11,7 @@ import hmac
 import os
 import secrets
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,14 @@ class Caller:
     team_id: str
     team_name: str
     is_admin: bool
+
+
+def hold_team(session: Session, team_id: str) -> None:
+    """Be alone with the team until the commit; rows that only name it can be written meanwhile.
+
+    What gets its id under this is committed in the order of the ids, so that who reads on behind the last misses none.
+    """
+    session.execute(select(Team.id).where(Team.id == team_id).with_for_update(key_share=True))
 
 
 def create_team(session: Session, name: str) -> Team:
@@ -78,6 +87,12 @@ def revoke_key(session: Session, key_id: str) -> None:
     ).first()
     if changed is None:
         raise NotFound(f"There is no live key {key_id}; `shadowft keys list` shows them.", param="id")
+
+
+def revoked_of(session: Session, key_ids: Collection[str]) -> frozenset[str]:
+    """Those of the keys that have been revoked."""
+    revoked = select(ApiKey.id).where(ApiKey.id.in_(key_ids), ApiKey.revoked_at.is_not(None))
+    return frozenset(session.scalars(revoked))
 
 
 def authenticate(session: Session, text: str) -> Caller:

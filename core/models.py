@@ -143,7 +143,9 @@ class Pair(Base):
     __tablename__ = "pair"
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
-    name: Mapped[str] = mapped_column(String(128), unique=True)
+    name: Mapped[str] = mapped_column(String(128))
+    #: The name in small letters: of two that differ in capitals alone, one would be taken for the other.
+    folded_name: Mapped[str] = mapped_column(String(128), unique=True)
     base: Mapped[dict[str, Any]] = mapped_column(JsonColumn)
     instruct: Mapped[dict[str, Any]] = mapped_column(JsonColumn)
     created_at: Mapped[datetime] = _created()

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 
 from core.catalogue import CataloguePair, catalogue_pairs
 from core.checkpoints import is_small_file, read_checkpoint
-from core.errors import Conflict, InvalidInput, NotFound
+from core.errors import Conflict, InvalidInput, NotFound, clean
 from core.graft_plan import Selection, plan_graft
 from core.ids import new_id
 from core.job_spec import ModelSource, PairSource
@@ -132,16 +132,13 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 # --- adding and removing ----------------------------------------------------------------------------------------------
 
 
-def register(
-    session: Session, *, name: str, base: ModelSource, instruct: ModelSource, roots: Sequence[Path]
-) -> KnownPair:
-    """Keep a new pair. Local folders are resolved, must lie under `roots`, and must fit each other by their headers.
+def checked_pair(*, name: str, base: ModelSource, instruct: ModelSource, roots: Sequence[Path]) -> PairSource:
+    """A pair as it may be registered: local folders are resolved, lie under `roots`, and fit each other by their
+    headers. Reading these takes a while, so this is done before any transaction.
 
-    Raises InvalidInput, Conflict for a name that is taken, PairRefused with every reason.
+    Raises InvalidInput, PairRefused with every reason, Unavailable where the disk fails.
     """
     _check_name(name)
-    if name.casefold() in {pair.source.name.casefold() for pair in known_pairs(session)}:
-        raise _taken(name)
     base, instruct = checked_source(base, roots, param="base"), checked_source(instruct, roots, param="instruct")
     if base.location == instruct.location:
         raise InvalidInput("Base and instruct are the same model; a pair needs both.", param="instruct")
@@ -151,12 +148,26 @@ def register(
             read_checkpoint(Path(base.location)),
             selection=Selection(scope="linear"),
         )
-    row = Pair(id=new_id(_ID_PREFIX), name=name, base=base.model_dump(), instruct=instruct.model_dump())
+    return PairSource(name=name, base=base, instruct=instruct)
+
+
+def register(session: Session, pair: PairSource) -> KnownPair:
+    """Keep a pair that `checked_pair` gave. Raises Conflict for a name that is taken."""
+    folded = pair.name.lower()
+    if folded in {known.source.name.lower() for known in known_pairs(session)}:
+        raise _taken(pair.name)
+    row = Pair(
+        id=new_id(_ID_PREFIX),
+        name=pair.name,
+        folded_name=folded,
+        base=pair.base.model_dump(),
+        instruct=pair.instruct.model_dump(),
+    )
     session.add(row)
     try:
         session.flush()
     except IntegrityError as error:  # somebody registered the same name at the same moment
-        raise _taken(name) from error
+        raise _taken(pair.name) from error
     return _registered(row)
 
 
@@ -256,7 +267,14 @@ def _checked_folder(location: str, roots: Sequence[Path], param: str) -> Path:
         )
     if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         raise InvalidInput(f"There is no folder {location!r} on the server.", param=param)
+    _check_text(folder, param)
     return folder
+
+
+def _check_text(path: Path, param: str) -> None:
+    """The name is kept, shown and published, which one whose bytes are no UTF-8 cannot be."""
+    if clean(str(path)) != str(path):
+        raise InvalidInput(f"The name {str(path)!r} is not UTF-8.", param=param, hint="Rename it.")
 
 
 def _files_to_open(folder: Path) -> Iterator[Path]:
@@ -277,6 +295,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _check_file(file: Path, roots: Sequence[Path], param: str) -> None:
+    _check_text(file, param)
     try:
         target = Path(os.path.realpath(file, strict=True))
         mode = target.lstat().st_mode

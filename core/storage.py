@@ -70,15 +70,20 @@ class Storage(Protocol):
     def remove_unfinished(self, older_than_seconds: float) -> None:
         """Remove what was being received when its process died."""
 
+    def close(self) -> None:
+        """Drop what is still being received: this process ends, and cannot."""
+
 
 class LocalStorage:
     """A folder of this machine (or a volume that all machines mount)."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        #: Where what is being received lies.
+        self._arriving: set[Path] = set()
 
     def receive(self, key: str) -> LocalIncoming:
-        return LocalIncoming(self.path(key))
+        return LocalIncoming(self.path(key), self._arriving)
 
     def adopt(self, key: str, source: Path) -> Stored:
         incoming = self.receive(key)
@@ -114,6 +119,10 @@ class LocalStorage:
         for path in _older_than(older_than_seconds, self._root.rglob(".*.tmp")):
             path.unlink(missing_ok=True)
 
+    def close(self) -> None:
+        for path in self._arriving.copy():  # threads may still write to them, and nobody can keep them any more
+            path.unlink(missing_ok=True)
+
 
 class LocalIncoming:
     """Written under a temporary name beside its place, hashed on the way, synced and renamed at the end.
@@ -122,8 +131,9 @@ class LocalIncoming:
     slowest of the three sets the pace, not their sum.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, arriving: set[Path]) -> None:
         self._path = path
+        self._arriving = arriving
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._hash = hashlib.sha256()
         self._hashing: Future[None] | None = None
@@ -133,6 +143,7 @@ class LocalIncoming:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._temporary.open("wb", buffering=0)
+            arriving.add(self._temporary)
         except OSError as error:
             raise _disk_trouble(error) from error
 
@@ -155,6 +166,7 @@ class LocalIncoming:
             with self._file as file:
                 os.fsync(file.fileno())
             self._temporary.rename(self._path)
+            self._arriving.discard(self._temporary)
             sync_folder(self._path.parent)
         except OSError as error:
             self.drop()
@@ -167,6 +179,7 @@ class LocalIncoming:
         _wait(self._hashing)
         self._file.close()
         self._temporary.unlink(missing_ok=True)
+        self._arriving.discard(self._temporary)
 
     def _write_whole(self, piece: bytes | bytearray) -> None:
         left = memoryview(piece)

@@ -31,13 +31,16 @@ def create(session: Session, upload: Upload) -> Upload:
     upload.created_at = session.execute(select(db_now())).scalar_one()
     upload.expires_at = upload.created_at + LIFETIME
     session.add(upload)
+    session.flush()
     return upload
 
 
 def require_pending(session: Session, upload_id: str) -> Upload:
     """The upload, held until the transaction ends. Raises Conflict where it is pending no more."""
     late = (Upload.expires_at <= db_now()).label("late")
-    row = session.execute(select(Upload, late).where(Upload.id == upload_id).with_for_update()).one()
+    held = select(Upload, late).where(Upload.id == upload_id).with_for_update()
+    # What the session has read of it before is another request's past.
+    row = session.execute(held, execution_options={"populate_existing": True}).one()
     upload: Upload = row.Upload
     status = "expired" if upload.status == "pending" and row.late else upload.status
     if status != "pending":

@@ -7,15 +7,24 @@ or impossible refuses the pair; what may disappoint warns; the rest is noted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from core.checkpoints import Checkpoint, read_checkpoint, read_hub_checkpoint, read_hub_side_file, read_side_file
+from core.checkpoints import (
+    CONFIG_FILE,
+    Checkpoint,
+    TensorInfo,
+    read_checkpoint,
+    read_hub_checkpoint,
+    read_hub_side_file,
+    read_side_file,
+)
 from core.errors import InvalidInput, told
-from core.graft_plan import Reason, Selection, judge
+from core.graft_plan import ARCHITECTURE, Reason, Selection, embedding, head, judge, language_layers
 from core.job_spec import ModelSource
+from core.own_files import TOKENIZER_CONFIG_FILE, require_own_files, require_own_files_of_hub
 
 Level = Literal["note", "warn", "refuse"]
 Outcome = Literal["ok", "warn", "refuse"]
@@ -26,7 +35,6 @@ Stage = Literal["headers", "files"]
 _ROLES: tuple[Role, ...] = ("base", "instruct")
 
 GENERATION_CONFIG_FILE = "generation_config.json"
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 #: What to do about a reason of the graft plan, where its own words do not say so already.
 _OTHER_MODEL = "Name the base model that this instruct model was made from."
@@ -39,6 +47,12 @@ _REMEDIES = {
     "nothing_to_graft": "Widen the scope or the patterns.",
     "unknown_pattern": "Correct the pattern.",
 }
+
+#: By what names configs give the columns of the embedding; by the first three where it is narrower than the layers.
+_WIDTHS = ("word_embed_proj_dim", "embedding_size", "input_embedding_size", "hidden_size", "n_embd", "d_model")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+#: Rows that a family's embedding has behind those of the vocabulary: for image marks, or for the start.
+_ROWS_BEHIND = {"mllama_text_model": 8, "moshi": 1}
 
 #: By what names configs give the longest text that a model reads.
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
@@ -96,17 +110,22 @@ def staged(stage: Stage, findings: Iterable[Mapping[str, Any]]) -> list[dict[str
 
 
 def read_head(source: ModelSource, cache: Path) -> ModelHead:
-    """Read a local folder, or a Hub model at a pinned commit. Raises as `core.checkpoints` does."""
+    """Read a local folder, or a Hub model at a pinned commit. Raises as `core.checkpoints` does, and InvalidInput for a
+    model whose loading would reach beyond its own files."""
     if source.kind == "local":
         folder = Path(source.location)
+        checkpoint = read_checkpoint(folder)
+        require_own_files(folder)
         return ModelHead(
-            checkpoint=read_checkpoint(folder),
+            checkpoint=checkpoint,
             generation_config=read_side_file(folder, GENERATION_CONFIG_FILE),
             tokenizer_config=read_side_file(folder, TOKENIZER_CONFIG_FILE),
         )
     commit = str(source.revision)
+    checkpoint = read_hub_checkpoint(source.location, commit, cache_dir=cache)
+    require_own_files_of_hub(source.location, commit, cache_dir=cache)
     return ModelHead(
-        checkpoint=read_hub_checkpoint(source.location, commit, cache_dir=cache),
+        checkpoint=checkpoint,
         generation_config=read_hub_side_file(source.location, commit, GENERATION_CONFIG_FILE, cache_dir=cache),
         tokenizer_config=read_hub_side_file(source.location, commit, TOKENIZER_CONFIG_FILE, cache_dir=cache),
     )
@@ -135,7 +154,7 @@ def examine(
             if role == "instruct" or not without_base:
                 heads[role] = read_head(wanted[role], cache)
         except InvalidInput as error:
-            findings.append(_unusable(role, error))
+            findings.append(unusable(role, error))
     if heads.keys() == {"base", "instruct"}:
         findings += compare_heads(heads["base"], heads["instruct"], selection=selection)
     elif without_base and "instruct" in heads:
@@ -143,7 +162,7 @@ def examine(
     return FirstStage(wanted["base"], wanted["instruct"], heads, tuple(findings))
 
 
-def _unusable(role: Role, error: InvalidInput) -> Finding:
+def unusable(role: Role, error: InvalidInput) -> Finding:
     return Finding("refuse", error.code, f"The {role} model cannot be used: {error.message.rstrip('.')}.", error.hint)
 
 
@@ -164,6 +183,8 @@ def compare_heads(base: ModelHead, instruct: ModelHead, *, selection: Selection 
         *_plan_findings(base.checkpoint, instruct.checkpoint, selection),
         *_own_code(base, "base"),
         *_own_code(instruct, "instruct"),
+        *_contradictions(base.checkpoint, "base"),
+        *_contradictions(instruct.checkpoint, "instruct"),
         *_rope(base.checkpoint, instruct.checkpoint),
         *_lengths(base.checkpoint, instruct.checkpoint),
         *_generation(instruct),
@@ -176,7 +197,12 @@ def check_head(instruct: ModelHead, *, selection: Selection = Selection()) -> li
     plan = _plan_findings(instruct.checkpoint, instruct.checkpoint, selection)
     # Whatever is said of the two sides is said twice here.
     once = {finding.code: finding for finding in reversed(plan)}
-    return [*reversed(once.values()), *_own_code(instruct, "instruct"), *_generation(instruct)]
+    return [
+        *reversed(once.values()),
+        *_own_code(instruct, "instruct"),
+        *_contradictions(instruct.checkpoint, "instruct"),
+        *_generation(instruct),
+    ]
 
 
 def _plan_findings(base: Checkpoint, instruct: Checkpoint, selection: Selection) -> list[Finding]:
@@ -203,6 +229,72 @@ def _own_code(head: ModelHead, role: Role) -> list[Finding]:
             "Only tokenizers that transformers itself knows can be used.",
         )
     ]
+
+
+# --- config and weights -----------------------------------------------------------------------------------------------
+
+
+class _Claim(NamedTuple):
+    """What the config says of the weights, and what they are."""
+
+    key: str
+    stated: Any
+    found: str
+
+
+def _contradictions(checkpoint: Checkpoint, role: Role) -> list[Finding]:
+    """transformers makes a model as the config says and fills it with the weights: what is too much stays random, and
+    what does not fit, or is beyond all memory, ends the training."""
+    return [
+        Finding(
+            "refuse",
+            "config_contradicts_weights",
+            f"The {role} model's {CONFIG_FILE} says {claim.key} {_shown(claim.stated)[:80]}, and {claim.found}.",
+            "Take config and weights from the same release, whole.",
+        )
+        for claim in [*_false_claims(checkpoint), *_impossible_claims(checkpoint)]
+    ]
+
+
+def _false_claims(checkpoint: Checkpoint) -> Iterator[_Claim]:
+    config = checkpoint.text_config
+    layers = language_layers(checkpoint)
+    extra = config.get("num_nextn_predict_layers")  # stored behind the others, and used by other programs alone
+    for key, stated in _first_stated(config, _LAYERS):
+        if layers and stated not in (layers, layers - extra if isinstance(extra, int) else layers):
+            yield _Claim(key, stated, f"its weights have {layers} layers")
+    tables = [checkpoint.tensors[name] for name in (embedding(checkpoint), head(checkpoint)) if name is not None]
+    for table in tables:
+        if len(table.shape) != 2:
+            yield _Claim("vocab_size", config.get("vocab_size"), f"{_shape(table)}, so it is no table of rows")
+            continue
+        for key, stated in _first_stated(config, _WIDTHS):
+            if stated != table.shape[1]:
+                yield _Claim(key, stated, _shape(table))
+        for key, stated in _first_stated(config, ("vocab_size",)):
+            if table.shape[0] not in (stated, _rows_at_most(stated, config)):
+                yield _Claim(key, stated, _shape(table))
+
+
+def _impossible_claims(checkpoint: Checkpoint) -> Iterator[_Claim]:
+    """Numbers of the model's shape that all of its weights together do not reach."""
+    compared = {key for key, _, _ in _false_claims(checkpoint)}
+    for key in ARCHITECTURE:
+        stated = checkpoint.text_config.get(key)
+        if isinstance(stated, int) and stated > checkpoint.parameter_count and key not in compared:
+            yield _Claim(key, stated, f"its weights have {checkpoint.parameter_count} numbers in all")
+
+
+def _first_stated(config: dict[str, Any], keys: Iterable[str]) -> list[tuple[str, Any]]:
+    return [(key, config[key]) for key in keys if config.get(key) is not None][:1]
+
+
+def _rows_at_most(stated: Any, config: dict[str, Any]) -> Any:
+    return stated + _ROWS_BEHIND.get(str(config.get("model_type")), 0) if isinstance(stated, int) else stated
+
+
+def _shape(table: TensorInfo) -> str:
+    return f"{table.name} has the shape {list(table.shape)}"
 
 
 # --- positions --------------------------------------------------------------------------------------------------------

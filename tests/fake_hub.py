@@ -9,6 +9,8 @@ not one of them, makes trouble:
     {"gated": true}                 403 for every file, as for a licence not accepted
     {"token": "hf_x"}               401 for whoever does not send it
     {"status": 503}                 every answer about this model; {"retry_after": 2} is said with it
+    {"says": "<html>"}              the body of every answer of the hub itself, with the status 200
+    {"info": {"sha": null}}         what is said about the model has these fields in the place of the true ones
     {"cut": 1000}                   every file's body ends after so many bytes, though more were announced
     {"hang": true}                  every file's body stops after its first byte and never goes on
     {"silent": true}                no request is ever answered
@@ -43,9 +45,10 @@ PAUSE_SECONDS = 0.05
 
 
 class Trouble(Exception):
-    def __init__(self, status: int, code: str = "", **headers: str) -> None:
+    def __init__(self, status: int, code: str = "", body: str | None = None, **headers: str) -> None:
         self.status = status
         self.code = code
+        self.body = json.dumps({"error": code}) if body is None else body
         self.headers = headers
 
 
@@ -141,7 +144,7 @@ class Handler(BaseHTTPRequestHandler):
             self._route([part for part in path.split("/") if part])
         except Trouble as trouble:
             said = {"x-error-code": trouble.code, "x-error-message": trouble.code} if trouble.code else {}
-            self._send(trouble.status, json.dumps({"error": trouble.code}).encode(), {**said, **trouble.headers})
+            self._send(trouble.status, trouble.body.encode(), {**said, **trouble.headers})
         except OSError:  # the client has gone
             self.close_connection = True
 
@@ -168,6 +171,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.hub.trouble(model, "status"):
             asks = {"retry-after": str(model.trouble["retry_after"])} if "retry_after" in model.trouble else {}
             raise Trouble(model.trouble["status"], **asks)
+        if self.hub.trouble(model, "says"):
+            raise Trouble(200, body=model.trouble["says"])
         token = model.trouble.get("token")
         if token and self.headers.get("authorization") != f"Bearer {token}":
             raise Trouble(401, "RepoNotFound")
@@ -180,7 +185,8 @@ class Handler(BaseHTTPRequestHandler):
         ]
         gated = "manual" if model.trouble.get("gated") else False
         commit = model.at(revision)
-        self._json({"id": model.name, "modelId": model.name, "sha": commit, "gated": gated, "siblings": siblings})
+        info = {"id": model.name, "modelId": model.name, "sha": commit, "gated": gated, "siblings": siblings}
+        self._json({**info, **self.hub.trouble(model, "info").get("info", {})})
 
     def _tree(self, model: Model, revision: str) -> None:
         model.at(revision)

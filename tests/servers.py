@@ -34,6 +34,7 @@ from fastapi import FastAPI
 from sqlalchemy.engine import make_url
 
 from api.app import create_app
+from api.protocol import SERVER
 from core.config import Settings
 from core.db import Database, open_database
 from core.keys import create_key, create_team
@@ -282,7 +283,7 @@ def run_api(settings: Settings) -> Iterator[Api]:
     prepare(settings)
     admin_key = settings.admin_key_file.read_text().strip()
     app = create_app(settings)
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, **SERVER, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     with socket.create_server((HOST, 0)) as listener:
         port = listener.getsockname()[1]

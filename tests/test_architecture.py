@@ -130,6 +130,7 @@ def test_a_step_knows_neither_database_nor_broker():
         "core.models",
         "core.jobs",
         "core.broker",
+        "core.celery_app",
         "core.storage",
         "sqlalchemy",
         "celery",

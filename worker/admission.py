@@ -40,7 +40,7 @@ from core.resolve import make_spec, model_name, require_something_to_learn, sele
 from core.storage import Storage
 from core.verdict import FirstStage, examine, verdict_of
 from worker.lease import Draining
-from worker.pair_check import Report, check_for_job, of_first_stage, settle
+from worker.pair_check import Report, check_for_job, of_first_stage, settling
 from worker.pipeline import Context
 
 log = structlog.get_logger(__name__)
@@ -120,6 +120,7 @@ def _our_fault() -> Cause:
         code="internal_error",
         message="The job could not be prepared because of an unexpected error.",
         hint="The operator finds it in the log of the light worker.",
+        retryable=True,  # it may be the Hub's client, which raises what it likes
         fault="infrastructure",
     )
 
@@ -155,9 +156,14 @@ def _let_in(context: Context, job_id: str, admission: Admission) -> bool:
 
 
 def weigh_fine_tune(context: Context, *, job: Job, team: Team, files: dict[str, File]) -> Admission:
-    first = _first_stage(context, job)
-    if verdict_of(first.findings) == "refuse":
-        raise _UnfitPair(of_first_stage(first))
+    with settling(context) as settle:
+        first = _first_stage(context, job, settle)
+        if verdict_of(first.findings) == "refuse":
+            raise _UnfitPair(of_first_stage(first))
+        return _weigh_pair(context, first, job=job, team=team, files=files)
+
+
+def _weigh_pair(context: Context, first: FirstStage, *, job: Job, team: Team, files: dict[str, File]) -> Admission:
     pair = PairSource(name=job.request["pair"]["name"], base=first.base, instruct=first.instruct)
     instruct = first.heads["instruct"].checkpoint
     # Direct tuning is the same graft with Instruct in the place of Base.
@@ -180,14 +186,14 @@ def weigh_fine_tune(context: Context, *, job: Job, team: Team, files: dict[str, 
     return Admission(spec, cpu_bytes, gpu_bytes, notes, checked.for_job())
 
 
-def _first_stage(context: Context, job: Job) -> FirstStage:
+def _first_stage(context: Context, job: Job, settle: Callable[[ModelSource], ModelSource]) -> FirstStage:
     pair = PairSource.model_validate(job.request["pair"])
     shadow = job.request["shadow"]
     direct, graft = shadow["strategy"] == "direct", shadow["graft"]
     return examine(
         pair.base,
         pair.instruct,
-        settle=partial(settle, context),
+        settle=settle,
         cache=context.settings.model_cache_dir,
         selection=Selection("all" if direct else graft["scope"], tuple(graft["include"]), tuple(graft["exclude"])),
         without_base=direct,
@@ -228,10 +234,11 @@ def weigh_graft(context: Context, *, job: Job, team: Team, learned: JobSpec, dat
     file that has been deleted since."""
     delta = DeltaSource.model_validate(job.request["delta"])
     target = PairSource.model_validate(job.request["pair"])
-    pair = PairSource(name=target.name, base=learned.start, instruct=settle(context, target.instruct, param="target"))
+    with settling(context, param="target") as settle:
+        settled = settle(target.instruct)
+        instruct = _headers(settled, context.settings.model_cache_dir)
+    pair = PairSource(name=target.name, base=learned.start, instruct=settled)
     spec = make_graft_spec(job, learned, delta, pair=pair, team_name=team.name, left_out=_left_out(job, data))
-    cache = context.settings.model_cache_dir
-    instruct = _headers(pair.instruct, cache)
     base = _headers_if_there(context, pair.base) if delta.kind == "adapter" else None  # a saved delta has base's config
     notes = _remarks(plan_delta(delta, instruct, base, selection_of(spec), context.storage))
     if delta.kind == "adapter" and base is None:
@@ -291,7 +298,8 @@ def _longest_row(file: File) -> int:
 def _headers_if_there(context: Context, source: ModelSource) -> Checkpoint | None:
     """None for a model that is gone: an adapter can be grafted without it."""
     try:
-        return _headers(settle(context, source), context.settings.model_cache_dir)
+        with settling(context) as settle:
+            return _headers(settle(source), context.settings.model_cache_dir)
     except InvalidInput:
         return None
 

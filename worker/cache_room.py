@@ -49,9 +49,10 @@ def fetching(root: Path, repo_id: str, *, small: bool = False) -> Iterator[int]:
 
 
 def touch(root: Path, repo_id: str, commit: str) -> None:
-    """Note that the snapshot was used now."""
-    with suppress(FileNotFoundError):  # it is not there yet
-        os.utime(mark_file(root, repo_id, commit))
+    """Note that the snapshot was used now, as far as it is there."""
+    for small in (False, True):
+        with suppress(FileNotFoundError):
+            os.utime(mark_file(root, repo_id, commit, small=small))
 
 
 def _room_lock(root: Path) -> Path:
@@ -238,8 +239,9 @@ def _revisions(root: Path, repository: Path) -> Iterator[_Revision]:
 
 
 def _used_at(root: Path, repository: Path, folder: Path) -> float:
-    mark = mark_file(root, _repo_id(repository), folder.name)
-    return (mark if mark.exists() else folder).stat().st_mtime
+    marks = [mark_file(root, _repo_id(repository), folder.name, small=small) for small in (False, True)]
+    noted = [mark.stat().st_mtime for mark in marks if mark.exists()]
+    return max(noted, default=folder.stat().st_mtime)
 
 
 def _repo_id(repository: Path) -> str:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoTokenizer
 from core.datasets import Conversation, Message, read_rows
 from core.errors import InvalidDataset, InvalidInput, PairRefused
 from core.job_spec import JobSpec
+from core.own_files import require_own_files
 from core.resolve import held_out_count
 from worker.workspace import Workspace
 
@@ -107,15 +108,20 @@ class ChatText:
 
     @classmethod
     def load(cls, instruct: Path, *, base: Path | None = None) -> ChatText:
-        """`base` is read the same ids: where it lacks the padding's row, the end mark pads, as any id may."""
+        """`base` is read the same ids: where it lacks the padding's row, the end mark pads, as any id may.
+
+        InvalidInput: the model lacks what chats are written with, or names files that are not its own.
+        """
         if not _has_tokenizer(instruct):
             raise _no_chats("tokenizer")
         tokenizer = _load_tokenizer(instruct)
         if tokenizer.chat_template is None:
             raise _no_chats("chat template")
         chat = cls(tokenizer)
+        chat.require_padding()
         if base is not None and chat.pad_id >= _embedding_rows(base):
             tokenizer.pad_token = tokenizer.eos_token
+            chat.require_padding()
         return chat
 
     @property
@@ -123,6 +129,17 @@ class ChatText:
         """Any id will do where attention never looks, so the end mark serves a tokenizer without padding."""
         tokenizer = self.tokenizer
         return cast(int, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+    def require_padding(self) -> None:
+        """InvalidInput: there is no `pad_id`."""
+        if self.tokenizer.pad_token_id is None and self.tokenizer.eos_token_id is None:
+            raise InvalidInput(
+                "The instruct model's tokenizer has no eos token, and no pad token that the tuned model knows, so rows "
+                "of several lengths cannot be trained together.",
+                code="no_padding",
+                param="model",
+                hint="Add an eos_token to the model's tokenizer_config.json, as its own release has it.",
+            )
 
     def write(self, messages: Sequence[Message], *, ask: bool = False) -> str:
         """The conversation as text; `ask` adds the header of the answer that is to be generated.
@@ -284,4 +301,5 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _load_tokenizer(folder: Path) -> Any:
+    require_own_files(folder)
     return AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False, local_files_only=True)

@@ -1,11 +1,11 @@
-"""What a sweep removes from storage: what has expired, what a dead process left half written, what no row names."""
+"""What a sweep removes: what has expired, what a dead process left half written, what no row names, old pair checks."""
 
 from __future__ import annotations
 
 import structlog
 from sqlalchemy import select
 
-from core import files, jobs, uploads
+from core import files, jobs, pair_checks, uploads
 from core.db import Database
 from core.models import File, Job, ResumePoint, UploadPart
 from core.storage import Storage
@@ -26,6 +26,15 @@ def remove_expired(database: Database, storage: Storage) -> None:
         storage.delete(key)
     if keys:
         log.info("expired_removed", objects=len(keys))
+
+
+def forget_pair_checks(database: Database) -> None:
+    """Checks of pairs that are too old, or too many."""
+    with database.writing() as session:
+        forgotten = pair_checks.forget_old(session)
+        session.commit()
+    if forgotten:
+        log.info("pair_checks_forgotten", rows=forgotten)
 
 
 def remove_strays(database: Database, storage: Storage) -> None:

@@ -14,6 +14,7 @@ for as long as the Hub's Retry-After says, and it compares sizes but not content
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -29,13 +30,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, get_session, hf_hub_url, hf_raise_for_status, set_client_factory, snapshot_download
+from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status, set_client_factory, snapshot_download
 from huggingface_hub.utils import build_hf_headers, filter_repo_objects  # type: ignore[attr-defined]  # lazy exports
 
-from core.checkpoints import CONFIG_FILE, NOT_SMALL_FILE_PATTERNS, SMALL_FILE_PATTERNS, read_checkpoint
+from core.checkpoints import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    NOT_SMALL_FILE_PATTERNS,
+    SINGLE_FILE,
+    SMALL_FILE_PATTERNS,
+    read_checkpoint,
+    shard_files,
+)
 from core.durable import sync_folder
 from core.errors import Cause, ShadowError, StepFailed, Unavailable
 from core.hub import (
+    ask_hub,
     hub_away,
     hub_errors,
     is_offline,
@@ -50,9 +60,8 @@ from core.hub import (
 from worker.cache_room import Wanted, fetching, make_room
 from worker.workspace import write_durably
 
-#: Nothing else of a repository is ever fetched: no pickles, no code.
-WEIGHT_FILES = ["*.safetensors"]
-#: Weights in other layouts that lie beside the shards, the model's card, and whatever lies in folders.
+#: Beside the weights only small files are ever fetched: no pickles, no code. And not the small files of other layouts
+#: of the weights, the model's card, or whatever lies in folders.
 NOT_MODEL_FILES = [*NOT_SMALL_FILE_PATTERNS, "consolidated*", "adapter_*", "README.md", "*/*"]
 
 #: Files fetched at the same time.
@@ -134,7 +143,6 @@ class Download:
         self.root = Path(request.root)
         self.blobs = repository_folder(self.root, request.repo_id) / "blobs"
         self.folder = snapshot_folder(self.root, request.repo_id, request.revision)
-        self.patterns = SMALL_FILE_PATTERNS if request.small else [*WEIGHT_FILES, *SMALL_FILE_PATTERNS]
         self._verified: dict[str, int] = {}
         self._say = say
         self._done = self._total = 0
@@ -156,14 +164,14 @@ class Download:
 
     def _fetch(self, lock: int) -> None:
         listed = self._patiently(self._list)
-        names = set(self._wanted(listed))
+        names = {*_small_files(listed), *(() if self.request.small else self._weight_files(listed))}
         files = [file for name, file in listed.items() if name in names]
         self._remove_damaged(files)
         missing = [file for file in files if not (self.blobs / file.blob).exists()]
         if missing:
             self._make_room(files, missing, lock)
             self._bring(missing)
-        self._patiently(self._lay_out)
+        self._patiently(lambda: self._lay_out(names))
         for file in files:
             self._require_sound(file)
         if not self.request.small:
@@ -174,16 +182,22 @@ class Download:
 
     def _list(self) -> dict[str, RemoteFile]:
         request = self.request
-        info = HfApi().model_info(
-            request.repo_id,
-            revision=request.revision,
-            files_metadata=True,
-            timeout=request.patience.timeout_seconds,
+        info = ask_hub(
+            request.repo_id, request.revision, with_sizes=True, timeout_seconds=request.patience.timeout_seconds
         )
         return {one.rfilename: _remote_file(one) for one in info.siblings or []}
 
-    def _wanted(self, names: Iterable[str]) -> Iterator[str]:
-        return filter_repo_objects(names, allow_patterns=self.patterns, ignore_patterns=NOT_MODEL_FILES)
+    def _weight_files(self, listed: dict[str, RemoteFile]) -> set[str]:
+        """The single file, else those that the index names: what else lies there is never read, nor paid for."""
+        if SINGLE_FILE in listed:
+            return {SINGLE_FILE}
+        if INDEX_FILE not in listed:
+            return set()
+        index = listed[INDEX_FILE]
+        self._remove_damaged([index])
+        if not (self.blobs / index.blob).exists():
+            self._bring([index])
+        return shard_files(self.blobs / index.blob, f"{self.request.repo_id}/{INDEX_FILE}")
 
     def _known(self) -> dict[str, int]:
         """Blobs that were verified for this or another snapshot of the repository, with their times."""
@@ -214,7 +228,7 @@ class Download:
     def _bring(self, missing: list[RemoteFile]) -> None:
         self.blobs.mkdir(parents=True, exist_ok=True)
         plain = [file for file in missing if file.bytes <= PLAIN_LIMIT_BYTES]
-        self._total = sum(file.bytes for file in plain)
+        self._done, self._total = 0, sum(file.bytes for file in plain)
         pool = ThreadPoolExecutor(THREADS)
         try:
             for transfer in as_completed([pool.submit(self._bring_one, file) for file in plain]):
@@ -306,13 +320,12 @@ class Download:
 
     # --- the snapshot ---------------------------------------------------------------------------------------------
 
-    def _lay_out(self) -> None:
+    def _lay_out(self, names: Iterable[str]) -> None:
         snapshot_download(
             self.request.repo_id,
             revision=self.request.revision,
             cache_dir=self.root,
-            allow_patterns=self.patterns,
-            ignore_patterns=NOT_MODEL_FILES,
+            allow_patterns=[glob.escape(name) for name in names],
             etag_timeout=self.request.patience.timeout_seconds,
             max_workers=THREADS,
         )
@@ -341,14 +354,13 @@ class Download:
         """Without the Hub: index, headers and sizes must agree, and a blob that is named by its sha256 must have it."""
         if not (self.folder / CONFIG_FILE).exists():
             raise offline_error(self.request.repo_id, self.request.revision)
-        names = sorted(self._wanted(path.name for path in self.folder.iterdir()))
+        weights = () if self.request.small else read_checkpoint(self.folder).files
+        names = sorted({*_small_files(path.name for path in self.folder.iterdir()), *weights})
         for name in names:
             blob = (self.folder / name).resolve()
             file = RemoteFile(name, blob.stat().st_size, blob.name)
             if len(blob.name) in (40, 64) and not self._is_sound(blob, file):
                 raise _damaged(self.request.repo_id, f"{name} in the models' cache is not what its name says")
-        if not self.request.small:
-            read_checkpoint(self.folder)
         self._mark(names, [])
 
     def _mark(self, names: Iterable[str], left_out: list[str]) -> None:
@@ -438,6 +450,10 @@ def _wait_seconds(error: Unavailable, tries: int, patience: Patience) -> float:
         return asked
     spread = random.uniform(0.8, 1.2)  # noqa: S311 - guards nothing
     return float(min(patience.first_wait_seconds * 2.0**tries, patience.longest_wait_seconds)) * spread
+
+
+def _small_files(names: Iterable[str]) -> Iterator[str]:
+    return filter_repo_objects(names, allow_patterns=SMALL_FILE_PATTERNS, ignore_patterns=NOT_MODEL_FILES)
 
 
 def _remote_file(sibling: Any) -> RemoteFile:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from core.checkpoints import read_checkpoint
 from core.config import Settings
 from core.errors import Cause, InvalidInput, StepFailed
 from core.job_spec import DataSource, DeltaFile, DeltaSource, JobSpec, ModelSource
+from core.own_files import require_own_files
 from core.pairs import checked_source
 from core.storage import COPY_BYTES, Storage
 from worker.model_cache import make_cache
@@ -107,7 +109,8 @@ def _artifact_trouble(delta: DeltaSource, file: DeltaFile, finding: str) -> Step
 
 
 def _link(target: Path, link: Path) -> None:
-    if not (target / "config.json").exists():
-        raise InvalidInput(f"The model folder {target.name!r} has no config.json any more.", param="model")
+    """Refuse a folder that has become, since the admission, what an admission refuses: its steps will load it."""
+    read_checkpoint(target)
+    require_own_files(target)
     link.unlink(missing_ok=True)
     link.symlink_to(target)

@@ -13,12 +13,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import structlog
 from sqlalchemy import ColumnElement, and_, select, update
+from sqlalchemy.exc import OperationalError
 
 from core.db import db_now
 from core.errors import Cause, LeaseLost, ShadowError, StepFailed
@@ -46,7 +47,7 @@ TEXTS_CPU_SECONDS = 60
 ADMISSION_SECONDS = 180.0
 
 #: Raised when the second stage finds other things than before, so that nobody reuses what an older version found.
-FORMAT = 1
+FORMAT = 2
 
 log = structlog.get_logger(__name__)
 
@@ -74,10 +75,22 @@ class Report:
         return {"verdict": self.verdict, "findings": self.kept_findings, "similarity": self.similarity}
 
 
-def settle(context: Context, source: ModelSource, *, param: str = "model") -> ModelSource:
-    """The source pinned to a commit, or the folder once more found where folders may be read."""
-    checked = checked_source(source, context.settings.model_roots, param=param)
-    return pin(checked, context.settings.model_cache_dir)
+@contextmanager
+def settling(context: Context, *, param: str = "model") -> Iterator[Callable[[ModelSource], ModelSource]]:
+    """Gives what settles a source: it pins it to a commit, or finds the folder once more where folders may be read.
+
+    While this is open nobody removes what has been settled from the models' cache, so that it can be read to the end.
+    """
+    cache = make_cache(context.settings)
+    with ExitStack() as held:
+
+        def settle(source: ModelSource) -> ModelSource:
+            checked = checked_source(source, context.settings.model_roots, param=param)
+            settled = pin(checked, context.settings.model_cache_dir)
+            held.enter_context(cache.hold(settled))
+            return settled
+
+        yield settle
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -131,25 +144,35 @@ def _check(context: Context, row: PairCheck) -> None:
     except Cancelled:
         _fail(context, row, _too_slow(context.settings.inspect_timeout_seconds))
     except ShadowError as error:
-        if error.cause.fault != "user" and row.check_tries <= tries:
-            log.warning("pair_check_broke", code=error.code, cause=error.message)
-            return  # the lease runs out, and a sweep has it checked again
-        _fail(context, row, error.cause)
+        _give_up_or_wait(context, row, error.cause)
+    except OperationalError:  # the database is away: the lease runs out, and a sweep has it checked again
+        raise
+    except Exception as error:  # what nobody foresaw, of the Hub's client say, must not look like a lost worker
+        log.exception("pair_check_crashed")
+        _give_up_or_wait(context, row, _unforeseen(error))
     else:
         _complete(context, row, report)
 
 
+def _give_up_or_wait(context: Context, row: PairCheck, cause: Cause) -> None:
+    if cause.fault != "user" and row.check_tries <= context.settings.max_infra_retries:
+        log.warning("pair_check_broke", code=cause.code, cause=cause.message)
+        return  # the lease runs out, and a sweep has it checked again
+    _fail(context, row, cause)
+
+
 def _report(context: Context, row: PairCheck, lease: Lease) -> Report:
-    first = examine(
-        ModelSource.model_validate(row.base),
-        ModelSource.model_validate(row.instruct),
-        settle=lambda source: settle(context, source),
-        cache=context.settings.model_cache_dir,
-    )
-    if row.depth == "headers":
-        return of_first_stage(first)
-    owner = f"{row.id}-{row.check_tries}"
-    return look_further(context, first, owner, lease, sigma_seconds=CHECK_SIGMA_SECONDS, insist=True)
+    with settling(context) as settle:
+        first = examine(
+            ModelSource.model_validate(row.base),
+            ModelSource.model_validate(row.instruct),
+            settle=settle,
+            cache=context.settings.model_cache_dir,
+        )
+        if row.depth == "headers":
+            return of_first_stage(first)
+        owner = f"{row.id}-{row.check_tries}"
+        return look_further(context, first, owner, lease, sigma_seconds=CHECK_SIGMA_SECONDS, insist=True)
 
 
 def _lease(context: Context, seconds: float, renew: Callable[[], None]) -> Lease:
@@ -219,6 +242,7 @@ def _write(context: Context, row: PairCheck, **values: Any) -> bool:
 
 def check_for_job(context: Context, first: FirstStage, *, job_id: str, team_id: str, pair: PairSource) -> Report:
     """The second stage for a job that is about to be admitted; what is new about the pair is kept for the next one.
+    The caller holds what `first` has settled.
 
     Raises Draining, and StepFailed where the second stage does not come to an end.
     """
@@ -249,25 +273,22 @@ def look_further(
     """Add the second stage to the first, unless that refuses the pair already.
 
     What was found before on the very same files is found again without looking; with `insist` only if sigma was
-    measured then, or cannot be now. `owner` names the workspace.
+    measured then, or cannot be now. `owner` names the workspace. The caller holds what `first` has settled.
     """
     if verdict_of(first.findings) == "refuse":
         return of_first_stage(first)
     cache = make_cache(context.settings)
     sources = _sources(first)
-    with ExitStack() as held:
-        for source in sources.values():
-            held.enter_context(cache.hold(source))
-        fingerprint = fingerprint_of(first)
-        at_hand = all(cache.weights_at_hand(source) for source in sources.values())
-        known = _known(context, fingerprint)
-        if known is not None and _is_enough(known, at_hand=at_hand, insist=insist):
-            findings = [one for one in known.findings if one["stage"] == "files"]
-            return _of_both(first, findings, known.similarity, fingerprint, is_new=False)
-        folders = {role: _folder(cache, source, lease) for role, source in sources.items()}
-        asked = {"weights": at_hand, "texts_cpu_seconds": TEXTS_CPU_SECONDS, "similarity_seconds": sigma_seconds}
-        found = _inspect(context, owner, folders, asked, lease)
-        return _of_both(first, staged("files", found["findings"]), found["similarity"], fingerprint, is_new=True)
+    fingerprint = fingerprint_of(first)
+    at_hand = all(cache.weights_at_hand(source) for source in sources.values())
+    known = _known(context, fingerprint)
+    if known is not None and _is_enough(known, at_hand=at_hand, insist=insist):
+        findings = [one for one in known.findings if one["stage"] == "files"]
+        return _of_both(first, findings, known.similarity, fingerprint, is_new=False)
+    folders = {role: _folder(cache, source, lease) for role, source in sources.items()}
+    asked = {"weights": at_hand, "texts_cpu_seconds": TEXTS_CPU_SECONDS, "similarity_seconds": sigma_seconds}
+    found = _inspect(context, owner, folders, asked, lease)
+    return _of_both(first, staged("files", found["findings"]), found["similarity"], fingerprint, is_new=True)
 
 
 def of_first_stage(first: FirstStage) -> Report:
@@ -316,9 +337,11 @@ def _known(context: Context, fingerprint: str) -> PairCheck | None:
 
 
 def _is_enough(known: PairCheck, *, at_hand: bool, insist: bool) -> bool:
-    """Whether an earlier check needs not be repeated for the sake of sigma."""
-    refused = any(one["level"] == "refuse" for one in known.findings)
-    if known.similarity is not None or refused or not at_hand:
+    """Whether an earlier check needs not be repeated: for the sake of sigma, or because somebody insists who may have
+    removed what it refused."""
+    if any(one["level"] == "refuse" for one in known.findings):
+        return not insist
+    if known.similarity is not None or not at_hand:
         return True
     return not insist and not any(one["code"] == "weights_not_here" for one in known.findings)
 
@@ -345,7 +368,7 @@ def _inspect(
             )
         except StepFailed as error:
             if error.code != OVER_CPU_LIMIT:
-                raise
+                raise StepFailed(_without_end(error.cause)) from error
             return {"findings": [_endless().as_dict()], "similarity": None}
 
 
@@ -369,6 +392,29 @@ def _endless() -> Finding:
         "The models' tokenizers and chat template did not finish with a few short texts in the processor time that "
         "they may take.",
         "Take the tokenizer files and the template of the models' own release.",
+    )
+
+
+def _without_end(cause: Cause) -> Cause:
+    """Of a child that died. That may be a matter of the moment, so it is no finding: those are kept."""
+    if cause.fault == "user":
+        return cause
+    return replace(
+        cause,
+        message=f"The models could not be looked at to the end. {cause.message}",
+        hint="Check the pair again. If that stays so, its files are damaged, or need more memory than the worker has.",
+        retryable=True,
+    )
+
+
+def _unforeseen(error: Exception) -> Cause:
+    said = (str(error).splitlines() or [""])[0][:200]
+    return Cause(
+        code="pair_check_crashed",
+        message=f"The pair's check stopped on an unexpected {type(error).__name__}: {said}",
+        hint="Check the pair again; the operator finds more in the log of the light worker.",
+        retryable=True,
+        fault="infrastructure",
     )
 
 

@@ -20,14 +20,14 @@ from core.broker import nudge
 from core.db import db_now
 from core.idempotency import forget_old
 from core.models import File, Job, PairCheck, Worker
-from worker.cleaning import remove_expired, remove_strays
+from worker.cleaning import forget_pair_checks, remove_expired, remove_strays
 from worker.pipeline import Context
 
 #: A workspace is not taken for a leftover before this age: its job may just be beginning.
 LEFTOVER_SECONDS = 60.0
 
-#: How often storage is compared with the database, which reads every key of both.
-STRAYS_SECONDS = 600.0
+#: How often old pair checks are looked for, and storage is compared with the database, which reads every key of both.
+CLEANING_SECONDS = 600.0
 
 log = structlog.get_logger(__name__)
 
@@ -38,7 +38,7 @@ class Sweeper:
     def __init__(self, context: Context, row: Callable[[], Worker]) -> None:
         self._context = context
         self._row = row
-        self._strays_due = 0.0
+        self._cleaning_due = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweep", daemon=True)
 
@@ -76,9 +76,10 @@ class Sweeper:
         _nudge(waiting)
         _remove_leftovers(self._context)
         remove_expired(self._context.database, self._context.storage)
-        if time.monotonic() >= self._strays_due:
+        if time.monotonic() >= self._cleaning_due:
+            forget_pair_checks(self._context.database)
             remove_strays(self._context.database, self._context.storage)
-            self._strays_due = time.monotonic() + STRAYS_SECONDS
+            self._cleaning_due = time.monotonic() + CLEANING_SECONDS
 
 
 def _nudge(waiting: jobs.Waiting) -> None:

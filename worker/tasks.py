@@ -16,7 +16,8 @@ from celery.signals import setup_logging, worker_ready, worker_shutdown, worker_
 from sqlalchemy import delete
 
 from core import jobs
-from core.broker import celery, nudge
+from core.broker import nudge
+from core.celery_app import celery
 from core.config import get_settings
 from core.db import open_database
 from core.ids import new_id

@@ -18,10 +18,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from core.checkpoints import CONFIG_FILE, read_side_file
+from core.checkpoints import CONFIG_FILE, PASSING_ERRORS, read_side_file
 from core.datasets import Conversation, Message
-from core.errors import ShadowError
-from core.verdict import GENERATION_CONFIG_FILE, Finding, Role, end_ids
+from core.errors import InvalidInput, ShadowError
+from core.own_files import require_own_files
+from core.verdict import GENERATION_CONFIG_FILE, Finding, Role, end_ids, unusable
 from worker.chat_text import ChatText, Row
 
 #: Texts on which tokenizers differ when they differ at all.
@@ -48,6 +49,9 @@ _MORE_QUESTION, _MORE_ANSWER = "And of Italy?", "That one is Rome."
 #: Named at most in a message.
 _EXAMPLES = 3
 
+#: What Rust's libraries say of an error of the operating system.
+_RUST_ERROR = re.compile(r"\(os error (\d{1,4})\)")
+
 
 @dataclass(frozen=True)
 class Chats:
@@ -66,10 +70,23 @@ class Broken(Exception):
 def _guarded() -> Iterator[None]:
     try:
         yield
-    except ShadowError as error:  # our own words for it stand around what was raised
-        raise Broken(_first_line(error.__cause__ or error)) from error
     except BaseException as error:  # a library may raise anything here, and a panic in Rust is no Exception
+        if _is_passing(error):  # of the machine, which says nothing about the files
+            raise
+        if isinstance(error, ShadowError):  # our own words for it stand around what was raised
+            raise Broken(_first_line(error.__cause__ or error)) from error
         raise Broken(f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _is_passing(error: BaseException | None) -> bool:
+    """Whether anything in the chain may be otherwise at the next try, with the very same files."""
+    while error is not None:
+        in_rust = _RUST_ERROR.search(str(error)) if type(error) is Exception else None
+        number = error.errno if isinstance(error, OSError) else int(in_rust.group(1)) if in_rust else None
+        if isinstance(error, MemoryError) or number in PASSING_ERRORS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _first_line(error: BaseException) -> str:
@@ -78,6 +95,8 @@ def _first_line(error: BaseException) -> str:
 
 def check_chats(instruct: Path, base: Path | None) -> Chats:
     """Every finding on the small files of the two folders. Without `base`, instruct is tuned itself."""
+    if foreign := [*_foreign("instruct", instruct), *(_foreign("base", base) if base is not None else [])]:
+        return Chats(foreign)
     own = _Side("instruct", instruct)
     other = _Side("base", base) if base is not None else None
     findings = [*own.findings, *(other.findings if other else [])]
@@ -91,6 +110,7 @@ def check_chats(instruct: Path, base: Path | None) -> Chats:
         ids = _Template(own, findings).judge()
     except Broken as error:
         return Chats([*findings, _broken_template(error)])
+    findings += _padding(own.chat)
     if other is not None and other.tokenizer is not None:
         findings += _compare_chats(own.chat, other.chat)
     findings += _unknown_ids(own, other, ids)
@@ -98,6 +118,23 @@ def check_chats(instruct: Path, base: Path | None) -> Chats:
     marks = tuple(sorted(special.intersection(ids)))
     names = dict(zip(marks, own.tokenizer.convert_ids_to_tokens(list(marks)), strict=True))
     return Chats(findings, marks, names)
+
+
+def _foreign(role: Role, folder: Path) -> list[Finding]:
+    """Asked once more, right before the files are loaded: a folder may have changed since the first stage."""
+    try:
+        require_own_files(folder)
+    except InvalidInput as error:
+        return [unusable(role, error)]
+    return []
+
+
+def _padding(chat: ChatText) -> list[Finding]:
+    try:
+        chat.require_padding()
+    except InvalidInput as error:
+        return [Finding("refuse", error.code, error.message, error.hint)]
+    return []
 
 
 class _Side:
@@ -226,7 +263,7 @@ def _refuse_tokens(message: str) -> Finding:
 
 def _special_tokens(own: ChatText, other: ChatText) -> list[Finding]:
     findings = []
-    if own.tokenizer.pad_token is None:
+    if own.tokenizer.pad_token is None and own.tokenizer.eos_token is not None:
         findings.append(
             Finding("note", "no_pad_token", "Instruct's tokenizer has no pad token; its end-of-text token pads.")
         )
@@ -293,6 +330,8 @@ class _Template:
             ids = [*self._chat.ids(text), *self._chat.ids(asked)]
         if _QUESTION not in text:
             raise Broken("it leaves the user's words out")
+        if not ids:
+            raise Broken("its tokenizer knows no token of what it writes")
         self._try([_system(_RULE), *plain], "system_role", "a chat with a system message", _RULE)
         more = [*plain, _user(_MORE_QUESTION), _assistant(_MORE_ANSWER)]
         self._try(more, "many_turns", "a chat of more than one turn", _MORE_ANSWER)
@@ -326,7 +365,14 @@ class _Template:
             said = "Instruct's chat template ends an answer with no mark, so no end can be learned."
             self._findings.append(Finding("warn", "turn_without_end", said, "Expect answers that run on."))
             return
-        folder, token = self._side.folder, self._chat.ids(ending)[0]
+        ids = self._chat.ids(ending)
+        if not ids:
+            said = (
+                f"Instruct's chat template ends an answer with {ending[:40]!r}, of which its tokenizer knows no token."
+            )
+            self._findings.append(Finding("warn", "turn_without_end", said, "Expect answers that run on."))
+            return
+        folder, token = self._side.folder, ids[0]
         config = read_side_file(folder, CONFIG_FILE) or {}
         ends = end_ids(read_side_file(folder, GENERATION_CONFIG_FILE), config)
         if ends and token not in ends:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy import select
 
-from api.deps import After, CallerDep, Page, ServiceDep, cursor, owned, page, timestamp
+from api.deps import After, CallerDep, Page, ServiceDep, cursor, json_answer, owned, page, timestamp
 from api.download import DOWNLOADS, WantedDep, download
 from api.routes.jobs import own_job
 from api.strict_json import StrictRoute
@@ -20,15 +20,19 @@ Kind = Literal["model", "adapter", "delta", "report", "metrics", "card"]
 
 
 class ArtifactObject(BaseModel):
-    id: str
-    object: Literal["artifact"] = "artifact"
-    job_id: str
-    kind: Kind
-    #: Relative to the download's folder: `model/config.json`.
-    path: str
-    bytes: int
-    sha256: str
-    created_at: int
+    """One file that a job published."""
+
+    id: str = Field(description="`art_…`")
+    object: Literal["artifact"] = Field("artifact", description="Always `artifact`.")
+    job_id: str = Field(description="The job that published it; a graft is one, too.")
+    kind: Kind = Field(
+        description="`model`: a file of the new model. `adapter`, `delta`: of the change that was learned. `report`, "
+        "`metrics`, `card`: what was measured, and the model's card."
+    )
+    path: str = Field(description="Relative to the download's folder: `model/config.json`.")
+    bytes: int = Field(description="Its size.")
+    sha256: str = Field(description="Of its bytes, in hexadecimal; a download tells it as `x-checksum-sha256`, too.")
+    created_at: int = Field(description="Unix seconds.")
 
 
 def _render(artifact: Artifact) -> dict[str, Any]:
@@ -44,7 +48,7 @@ def _render(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-@router.get("/fine_tuning/jobs/{job_id}/artifacts", response_model=Page)
+@router.get("/fine_tuning/jobs/{job_id}/artifacts", response_model=Page[ArtifactObject])
 def list_artifacts(
     job_id: str,
     caller: CallerDep,
@@ -52,18 +56,16 @@ def list_artifacts(
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     kind: Kind | None = None,
-) -> dict[str, Any]:
+) -> Response:
     """The files that the job published, newest first. Empty until the job has succeeded. The kinds `adapter` (LoRA) and
     `delta` (full tuning with `publish.delta`) are what `POST /v1/grafts` can graft again."""
     with service.database.reading() as session:
         own_job(session, job_id, caller)
-        last = cursor(session, Artifact, after, caller)
-        query = select(Artifact).where(Artifact.job_id == job_id).order_by(Artifact.id.desc()).limit(limit + 1)
-        if kind is not None:
-            query = query.where(Artifact.kind == kind)
-        if last is not None:
+        filters = [Artifact.job_id == job_id, *([] if kind is None else [Artifact.kind == kind])]
+        query = select(Artifact).where(*filters).order_by(Artifact.id.desc()).limit(limit + 1)
+        if (last := cursor(session, Artifact, after, caller, *filters)) is not None:
             query = query.where(Artifact.id < last.id)
-        return page([_render(artifact) for artifact in session.scalars(query)], limit)
+        return json_answer(page([_render(artifact) for artifact in session.scalars(query)], limit))
 
 
 @router.get("/artifacts/{artifact_id}", response_model=ArtifactObject)

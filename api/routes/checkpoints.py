@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.deps import After, CallerDep, ServiceDep, page, timestamp
+from api.deps import After, CallerDep, Page, ServiceDep, page, timestamp
 from api.routes.jobs import own_job
 from api.strict_json import StrictRoute
 from core.errors import InvalidInput
@@ -22,40 +22,34 @@ router = APIRouter(prefix="/fine_tuning/jobs/{job_id}/checkpoints", tags=["Fine-
 class CheckpointMetrics(BaseModel):
     """What was measured at that step; null where it was not."""
 
-    step: int
+    step: int = Field(description="Optimizer steps taken.")
     train_loss: float | None = Field(None, description="Of the step's own batch.")
-    train_mean_token_accuracy: float | None = None
+    train_mean_token_accuracy: float | None = Field(
+        None, description="Share of the batch's tokens that the model held for the likeliest."
+    )
     valid_loss: float | None = Field(None, description="Of the held-out rows, in instruct's chat format.")
-    valid_mean_token_accuracy: float | None = None
+    valid_mean_token_accuracy: float | None = Field(None, description="The same share, of the held-out rows.")
     full_valid_loss: float | None = Field(None, description="The same as `valid_loss`: all are measured each time.")
-    full_valid_mean_token_accuracy: float | None = None
+    full_valid_mean_token_accuracy: float | None = Field(None, description="The same as `valid_mean_token_accuracy`.")
 
 
 class CheckpointObject(BaseModel):
     """The state at the end of an epoch."""
 
     id: str = Field(description="`ftckpt_…`; the same at every call.")
-    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    object: Literal["fine_tuning.job.checkpoint"] = Field(
+        "fine_tuning.job.checkpoint", description="Always `fine_tuning.job.checkpoint`."
+    )
     created_at: int = Field(description="Unix seconds.")
-    fine_tuning_job_id: str
+    fine_tuning_job_id: str = Field(description="The job whose training passed through it.")
     fine_tuned_model_checkpoint: str = Field(
         description="Names a model that is made on demand: give it, or the `id`, to `POST /v1/grafts` as `source`."
     )
     step_number: int = Field(description="Optimizer steps taken.")
-    metrics: CheckpointMetrics
+    metrics: CheckpointMetrics = Field(description="What was measured there.")
 
 
-class CheckpointPage(BaseModel):
-    """Newest first. Ask for the next page with `after` = `last_id` while `has_more`."""
-
-    object: Literal["list"] = "list"
-    data: list[CheckpointObject]
-    has_more: bool
-    first_id: str | None
-    last_id: str | None
-
-
-@router.get("", response_model=CheckpointPage)
+@router.get("", response_model=Page[CheckpointObject])
 def list_checkpoints(
     job_id: str,
     caller: CallerDep,

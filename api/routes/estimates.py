@@ -53,15 +53,17 @@ _hub_readers = threading.BoundedSemaphore(8)
 
 
 class Span(BaseModel):
-    low: float
-    high: float
+    """Seconds of one phase."""
+
+    low: float = Field(description="The least.")
+    high: float = Field(description="The most.")
 
 
 class TokenEstimate(BaseModel):
     """Of the training rows of one epoch; a row longer than `max_length` is cut there."""
 
-    low: int
-    high: int
+    low: int = Field(description="The fewest, the chat format's among them.")
+    high: int = Field(description="The most; the same where they were counted.")
     source: Literal["counted", "other_files", "characters"] = Field(
         description="`counted`: an earlier job of this pair trained on this very file. `other_files`: by the tokens "
         "that other files of the team had for each character with this pair. `characters`: by the number of characters "
@@ -79,8 +81,8 @@ class DiskEstimate(BaseModel):
 class TimeEstimate(BaseModel):
     """Seconds from the job's start to its end, by how long earlier jobs took on this deployment."""
 
-    low: float
-    high: float
+    low: float = Field(description="The least.")
+    high: float = Field(description="The most.")
     device: str = Field(description="Where the earlier jobs ran: `cpu` or `cuda`.")
     phases: dict[str, Span] = Field(description="The same for each phase.")
 
@@ -88,27 +90,31 @@ class TimeEstimate(BaseModel):
 class LaneEstimate(BaseModel):
     """A worker that is alive and takes jobs."""
 
-    device: str
+    device: str = Field(description="What it trains on.")
     memory_bytes: int = Field(description="What one job may use there.")
     fits: bool | None = Field(description="Null: the models' headers could not be read.")
 
 
-class FindingObject(BaseModel):
-    level: Literal["note", "warn", "refuse"]
-    code: str
-    message: str
-    remedy: str
+class EstimateFinding(BaseModel):
+    """One thing that was found."""
+
+    level: Literal["note", "warn", "refuse"] = Field(description="A note asks for nothing.")
+    code: str = Field(description="Stable; programs may test for it.")
+    message: str = Field(description="A sentence that names the values found.")
+    remedy: str = Field(description="What to do about it; empty where there is nothing to do.")
 
 
 class EstimateObject(BaseModel):
     """What a job would take. Nothing was created."""
 
-    object: Literal["fine_tuning.job.estimate"] = "fine_tuning.job.estimate"
-    model: str
-    pair: str
+    object: Literal["fine_tuning.job.estimate"] = Field(
+        "fine_tuning.job.estimate", description="Always `fine_tuning.job.estimate`."
+    )
+    model: str = Field(description="As the request named it.")
+    pair: str = Field(description="The pair that was meant.")
     rows: int = Field(description="Rows trained on in each epoch.")
     rows_held_out: int = Field(description="Rows that the models are compared on.")
-    tokens: TokenEstimate
+    tokens: TokenEstimate = Field(description="Of one epoch.")
     steps: int = Field(description="Optimizer steps.")
     hyperparameters: dict[str, Any] = Field(description="With a number for every `auto`.")
     tuning: dict[str, Any] | None = Field(
@@ -119,13 +125,13 @@ class EstimateObject(BaseModel):
     )
     disk_bytes: DiskEstimate | None = Field(description="Null: as above.")
     seconds: TimeEstimate | None = Field(description="Null: `seconds_unknown` says why.")
-    seconds_unknown: str | None
+    seconds_unknown: str | None = Field(description="Why no time is told. Null: one is.")
     fits: bool | None = Field(
         description="Whether a running worker can hold the job. Null: `lanes` is empty, or as above."
     )
-    lanes: list[LaneEstimate]
+    lanes: list[LaneEstimate] = Field(description="The workers that are alive.")
     verdict: Literal["ok", "warn", "refuse"] = Field(description="`refuse`: the job would fail in its admission.")
-    findings: list[FindingObject] = Field(description="What speaks against the job, or should be known.")
+    findings: list[EstimateFinding] = Field(description="What speaks against the job, or should be known.")
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
+from pydantic import BaseModel, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -14,11 +15,29 @@ from api.routes.jobs import own_job
 from api.strict_json import StrictRoute
 from core.errors import InvalidInput
 from core.jobs import TERMINAL
+from core.keys import Caller
 from core.models import Job, JobEvent
 
 router = APIRouter(prefix="/fine_tuning/jobs/{job_id}/events", tags=["Fine-tuning jobs"], route_class=StrictRoute)
 
 DEFAULT_LIMIT = 20
+
+
+class EventObject(BaseModel):
+    """Something that happened to a job."""
+
+    id: str = Field(description="`ftevent-…`; a stream can be taken up after it.")
+    object: Literal["fine_tuning.job.event"] = Field(
+        "fine_tuning.job.event", description="Always `fine_tuning.job.event`."
+    )
+    created_at: int = Field(description="Unix seconds.")
+    level: Literal["info", "warn", "error"] = Field(description="`error` stands in the last event of a failed job.")
+    type: Literal["message", "metrics"] = Field(description="`metrics`: a step's numbers, in `data`.")
+    message: str = Field(description="In words: `Step 3/120: training loss=1.31`.")
+    data: dict[str, Any] | None = Field(
+        description="Of metrics: `step`, `total_steps`, `train_loss`, `valid_loss` and more. Null: nothing to add."
+    )
+
 
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -32,7 +51,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("", response_model=Page, responses=_RESPONSES)
+@router.get("", response_model=Page[EventObject], responses=_RESPONSES)
 def list_events(
     job_id: str,
     request: Request,
@@ -44,7 +63,7 @@ def list_events(
         bool,
         Query(
             description="Send every event, the oldest first, as Server-Sent Events while they happen; the stream ends "
-            "with `[DONE]` after the job's last one."
+            "with `[DONE]` after the job's last one, and without it where the key is revoked or the server ends."
         ),
     ] = False,
     last_event_id: Annotated[
@@ -57,7 +76,7 @@ def list_events(
         job = own_job(session, job_id, caller)
         if stream:
             _refuse_pages(after, limit)
-            return _stream(request, job, _position(session, job, last_event_id))
+            return _stream(request, job, _position(session, job, last_event_id), caller)
         limit = limit or DEFAULT_LIMIT
         query = select(JobEvent).where(JobEvent.job_id == job_id).order_by(JobEvent.seq.desc()).limit(limit + 1)
         if after is not None:
@@ -65,10 +84,10 @@ def list_events(
         return json_answer(page([render(event) for event in session.scalars(query)], limit))
 
 
-def _stream(request: Request, job: Job, position: int) -> Response:
+def _stream(request: Request, job: Job, position: int, caller: Caller) -> Response:
     if position and position == job.event_count and job.status in TERMINAL:
         return Response(status_code=204)  # at which an `EventSource` stops asking
-    return EventStream(request.app.state.feed, job, position)
+    return EventStream(request.app.state.feed, job, position, caller)
 
 
 def _refuse_pages(after: str | None, limit: int | None) -> None:

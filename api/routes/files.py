@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.deps import After, CallerDep, Page, Service, ServiceDep, cursor, owned, page, timestamp
+from api.deps import After, CallerDep, Page, Service, ServiceDep, cursor, json_answer, owned, page, timestamp
 from api.download import DOWNLOADS, WantedDep, download
 from api.multipart import Form, Limit, arriving, receive_form
 from api.strict_json import StrictRoute
@@ -53,25 +53,32 @@ class FileObject(BaseModel):
 
     model_config = ConfigDict(extra="allow", json_schema_extra={"examples": [_EXAMPLE]})
 
-    id: str
-    object: Literal["file"] = "file"
-    bytes: int
-    sha256: str
-    created_at: int
-    expires_at: int | None = Field(description="When it is deleted, unless a live job reads it then; null for never.")
-    filename: str
-    purpose: Literal["fine-tune", "evals", "user_data", "fine-tune-results"]
-    status: Literal["uploaded", "processed", "error"]
-    status_details: str | None
+    id: str = Field(description="`file-…`")
+    object: Literal["file"] = Field("file", description="Always `file`.")
+    bytes: int = Field(description="Its size.")
+    sha256: str = Field(description="Of its bytes, in hexadecimal.")
+    created_at: int = Field(description="Unix seconds.")
+    expires_at: int | None = Field(
+        description="Unix seconds: when it is deleted, unless a live job reads it then. Null: never."
+    )
+    filename: str = Field(description="A label only; several files may have the same.")
+    purpose: Literal["fine-tune", "evals", "user_data", "fine-tune-results"] = Field(
+        description="As the upload named it; `fine-tune-results` are the metrics that a job made."
+    )
+    status: Literal["uploaded", "processed", "error"] = Field(
+        description="`uploaded`: not checked yet. `processed`: a job can use it. `error`: none can."
+    )
+    status_details: str | None = Field(description="Why the status is `error`. Null: it is not.")
     validation: dict[str, Any] | None = Field(
-        description="What the check found, once it is done: rows, format, warnings."
+        description="What the check found: rows, format, warnings; `GET /v1/files/{file_id}/report` shows the same. "
+        "Null: not checked yet."
     )
 
 
 class DeletedFile(BaseModel):
-    id: str
-    object: Literal["file"] = "file"
-    deleted: bool
+    id: str = Field(description="The file that was.")
+    object: Literal["file"] = Field("file", description="Always `file`.")
+    deleted: bool = Field(description="Always true.")
 
 
 def render(file: File) -> dict[str, Any]:
@@ -124,6 +131,9 @@ async def create_file(request: Request, caller: CallerDep, service: ServiceDep) 
     Rows may be OpenAI chat (`messages`), `prompt`/`completion`, Alpaca (`instruction`, `input`, `output`) or ShareGPT
     (`conversations`), as JSONL or one JSON array. The rows are checked right after the upload. A file that is larger
     than this route takes goes up by parts: `POST /v1/uploads`.
+
+    No `Idempotency-Key` is read here: a file that is sent again, because its answer was lost, is a second file, which
+    does nothing but take room until it is deleted. `POST /v1/uploads` reads one.
     """
     most = service.settings.max_file_bytes
     refusal = TooLarge(
@@ -133,14 +143,12 @@ async def create_file(request: Request, caller: CallerDep, service: ServiceDep) 
     )
     limit = await limit_within_quota(Limit(most, refusal), caller, service)
     limit.check(request.headers)
-    file_id = new_id("file-")
-    key = storage_key(caller.team_id, file_id)
+    key = new_storage_key(caller.team_id)
     async with arriving(service.storage, key) as incoming:
         form = await receive_form(request, incoming, part="file", limit=limit)
         purpose, lifetime = _purpose(form), _lifetime(form)
         stored = await to_thread.run_sync(incoming.keep)
     row = File(
-        id=file_id,
         team_id=caller.team_id,
         filename=form.filename,
         purpose=purpose,
@@ -151,8 +159,8 @@ async def create_file(request: Request, caller: CallerDep, service: ServiceDep) 
     return await to_thread.run_sync(_keep, service, row, lifetime)
 
 
-def storage_key(team_id: str, file_id: str) -> str:
-    return f"files/{team_id}/{file_id}"
+def new_storage_key(team_id: str) -> str:
+    return new_id(f"files/{team_id}/")
 
 
 async def limit_within_quota(own: Limit, caller: Caller, service: Service) -> Limit:
@@ -232,7 +240,7 @@ def dropped_on_failure(service: Service, key: str) -> Iterator[None]:
         raise
 
 
-@router.get("", response_model=Page)
+@router.get("", response_model=Page[FileObject])
 def list_files(
     caller: CallerDep,
     service: ServiceDep,
@@ -240,17 +248,15 @@ def list_files(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
     purpose: str | None = None,
-) -> dict[str, Any]:
+) -> Response:
     """List the team's files, newest first or, with `order=asc`, oldest first."""
     with service.database.reading() as session:
-        last = cursor(session, File, after, caller)
-        query = select(File).where(File.team_id == caller.team_id).limit(limit + 1)
+        filters = [File.team_id == caller.team_id, *([] if purpose is None else [File.purpose == purpose])]
+        query = select(File).where(*filters).limit(limit + 1)
         query = query.order_by(File.id.desc() if order == "desc" else File.id)
-        if purpose is not None:
-            query = query.where(File.purpose == purpose)
-        if last is not None:
+        if (last := cursor(session, File, after, caller, *filters)) is not None:
             query = query.where(File.id < last.id if order == "desc" else File.id > last.id)
-        return page([render(file) for file in session.scalars(query)], limit)
+        return json_answer(page([render(file) for file in session.scalars(query)], limit))
 
 
 @router.get("/{file_id}", response_model=FileObject)
@@ -285,7 +291,8 @@ def file_report(file_id: str, caller: CallerDep, service: ServiceDep) -> dict[st
 def delete_file(file_id: str, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
     """Delete a file, unless a live job still reads it."""
     with service.database.writing() as session:
-        file = _own(session, file_id, caller)
+        # Held before its readers are looked for: a job that is being made holds its files, too.
+        file = _own(session, file_id, caller, held=True)
         if (job_id := files.live_reader(session, file)) is not None:
             raise Conflict(
                 f"The file {file_id} is in use by the job {job_id}; cancel the job first.", code="file_in_use"
@@ -296,5 +303,5 @@ def delete_file(file_id: str, caller: CallerDep, service: ServiceDep) -> dict[st
     return {"id": file_id, "object": "file", "deleted": True}
 
 
-def _own(session: Session, file_id: str, caller: Caller) -> File:
-    return owned(session, File, file_id, caller, what="file", code="file_not_found")
+def _own(session: Session, file_id: str, caller: Caller, *, held: bool = False) -> File:
+    return owned(session, File, file_id, caller, what="file", code="file_not_found", held=held)

@@ -9,7 +9,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from api.deps import After, CallerDep, Page, Service, ServiceDep, StrictModel, json_answer, no_such, page
+from api.deps import (
+    After,
+    CallerDep,
+    OpenSession,
+    Page,
+    Service,
+    ServiceDep,
+    StrictModel,
+    at_hand,
+    json_answer,
+    no_such,
+    page,
+)
 from api.idempotency import IntentDep, first_answer, replayed
 from api.polling import POLLED, answer_poll
 from api.routes.jobs import GraftOptions, JobError, JobStatus, Metadata, Scale, Suffix, jobs_page, render_life
@@ -135,13 +147,13 @@ def create_graft(body: GraftRequest, caller: CallerDep, service: ServiceDep, int
         pair = _find_target(session, body.target)
         source, folder = _find_source(session, body.source, caller)
         job = jobs.create(session, _new_job(body, caller, pair, source, _delta(session, source, folder)))
-        answer = first_answer(session, intent, _render(session, job, service))
+        answer = first_answer(session, intent, _render(at_hand(session), job, service))
         session.commit()
         nudge("admit")
         return answer
 
 
-@router.get("", response_model=Page)
+@router.get("", response_model=Page[GraftObject])
 def list_grafts(
     caller: CallerDep,
     service: ServiceDep,
@@ -151,7 +163,7 @@ def list_grafts(
     """List the team's grafts, newest first."""
     with service.database.reading() as session:
         found = jobs_page(session, caller, "graft", after, limit)
-        return json_answer(page([_render(session, job, service) for job in found], limit))
+        return json_answer(page([_render(at_hand(session), job, service) for job in found], limit))
 
 
 @router.get("/{graft_id}", response_model=GraftObject, responses=POLLED)
@@ -286,9 +298,9 @@ def _new_job(body: GraftRequest, caller: Caller, pair: PairSource, source: Job, 
     )
 
 
-def _render(session: Session, job: Job, service: Service) -> dict[str, Any]:
+def _render(open_session: OpenSession, job: Job, service: Service) -> dict[str, Any]:
     return {
-        **render_life(session, job, service),
+        **render_life(open_session, job, service),
         "object": "graft",
         "target": job.model,
         "source": job.request["source"],

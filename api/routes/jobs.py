@@ -15,10 +15,12 @@ from sqlalchemy.orm import Session
 from api.deps import (
     After,
     CallerDep,
+    OpenSession,
     Page,
     Service,
     ServiceDep,
     StrictModel,
+    at_hand,
     cursor,
     json_answer,
     no_such,
@@ -27,7 +29,7 @@ from api.deps import (
     timestamp,
 )
 from api.idempotency import BareIntentDep, IntentDep, first_answer, replayed
-from api.polling import POLLED, STATUS_ONLY, answer_poll, why_waiting
+from api.polling import POLLED, STATUS_ONLY, answer_poll
 from api.routes.unoffered import refuse_integrations, refuse_method
 from api.strict_json import StrictRoute
 from core import jobs
@@ -35,6 +37,7 @@ from core.broker import nudge
 from core.errors import InvalidInput, NotFound
 from core.history import expected_finish
 from core.job_spec import JobKind
+from core.jobs import waiting_for
 from core.keys import Caller
 from core.models import File, Job
 from core.pairs import find_pair
@@ -371,13 +374,13 @@ def create_job(body: JobRequest, caller: CallerDep, service: ServiceDep, intent:
         if (earlier := replayed(session, intent)) is not None:
             return earlier
         job = jobs.create(session, new_job(session, body, caller))
-        answer = first_answer(session, intent, _render(session, job, service))
+        answer = first_answer(session, intent, _render(at_hand(session), job, service))
         session.commit()
         nudge("admit")
         return answer
 
 
-@router.get("", response_model=Page)
+@router.get("", response_model=Page[JobObject])
 def list_jobs(
     request: Request,
     caller: CallerDep,
@@ -396,7 +399,7 @@ def list_jobs(
     with service.database.reading() as session:
         filters = _metadata_filter(session, request, metadata)
         found = jobs_page(session, caller, "fine_tune", after, limit, filters)
-        return json_answer(page([_render(session, job, service) for job in found], limit))
+        return json_answer(page([_render(at_hand(session), job, service) for job in found], limit))
 
 
 @router.get("/{job_id}", response_model=JobObject, responses=POLLED)
@@ -447,7 +450,7 @@ def retry_job(job_id: str, caller: CallerDep, service: ServiceDep, intent: BareI
         own_job(session, job_id, caller)
         if (earlier := replayed(session, intent)) is not None:
             return earlier
-        answer = first_answer(session, intent, _render(session, jobs.retry(session, job_id), service))
+        answer = first_answer(session, intent, _render(at_hand(session), jobs.retry(session, job_id), service))
         session.commit()
         nudge("admit")
         return answer
@@ -459,7 +462,7 @@ def _ask(job_id: str, caller: Caller, service: Service, verb: Callable[[Session,
         verb(session, job_id)
         session.commit()
         session.refresh(job)
-        return json_answer(_render(session, job, service))
+        return json_answer(_render(at_hand(session), job, service))
 
 
 def jobs_page(
@@ -473,7 +476,7 @@ def jobs_page(
     """The team's jobs of one kind after the cursor, newest first, and one more than `limit`."""
     query = select(Job).where(Job.team_id == caller.team_id, Job.kind == kind, *filters)
     query = query.order_by(Job.id.desc()).options(*STATUS_ONLY)
-    last = cursor(session, Job, after, caller, Job.kind == kind)
+    last = cursor(session, Job, after, caller, Job.kind == kind, *filters)
     if last is not None:
         query = query.where(Job.id < last.id)
     return session.scalars(query.limit(limit + 1)).all()
@@ -548,7 +551,8 @@ def _check_files(session: Session, body: JobRequest, caller: Caller) -> None:
 
 
 def _check_file(session: Session, file_id: str, caller: Caller, param: str, purposes: tuple[str, ...]) -> None:
-    file = session.get(File, file_id)
+    # Held until the job that reads it is there, so that nobody deletes it between the two.
+    file = session.get(File, file_id, with_for_update={"read": True, "key_share": True})
     if file is None or file.team_id != caller.team_id:
         raise InvalidInput(f"There is no file {file_id[:100]!r}; upload it first.", code="file_not_found", param=param)
     if file.purpose not in purposes:
@@ -564,10 +568,10 @@ def _check_file(session: Session, file_id: str, caller: Caller, param: str, purp
 # --- from the row to the answer -------------------------------------------------------------------------------------
 
 
-def _render(session: Session, job: Job, service: Service) -> dict[str, Any]:
+def _render(open_session: OpenSession, job: Job, service: Service) -> dict[str, Any]:
     hyperparameters = _shown_hyperparameters(job)
     return {
-        **render_life(session, job, service),
+        **render_life(open_session, job, service),
         "object": "fine_tuning.job",
         "kind": job.kind,
         "model": job.model,
@@ -578,7 +582,7 @@ def _render(session: Session, job: Job, service: Service) -> dict[str, Any]:
         "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         "seed": job.seed,
         "trained_tokens": job.trained_tokens,
-        "estimated_finish": timestamp(expected_finish(job, service.paces.reader(session))),
+        "estimated_finish": timestamp(expected_finish(job, service.paces.reader(open_session))),
         "integrations": [],
         "shadow": _shown_shadow(job),
         "pair_check": job.pair_check,
@@ -586,7 +590,7 @@ def _render(session: Session, job: Job, service: Service) -> dict[str, Any]:
     }
 
 
-def render_life(session: Session, job: Job, service: Service) -> dict[str, Any]:
+def render_life(open_session: OpenSession, job: Job, service: Service) -> dict[str, Any]:
     """What jobs of both kinds show."""
     return {
         "id": job.id,
@@ -602,7 +606,7 @@ def render_life(session: Session, job: Job, service: Service) -> dict[str, Any]:
         "user_provided_suffix": job.suffix,
         "pair": job.request["pair"]["name"],
         "progress": _shown_progress(job),
-        "waiting_for": why_waiting(session, job, service),
+        "waiting_for": waiting_for(job, service.lanes.reader(open_session)),
         "attempt": job.attempt,
     }
 

@@ -29,7 +29,7 @@ class ModelObject(BaseModel):
     """A model. Fields beside OpenAI's: `kind`, `pair`, `base`, `instruct`, `job_id`, `checkpoint_id`, `bytes`."""
 
     id: str = Field(description="A fine-tuned model's name, or a name that `model` takes in a job.")
-    object: Literal["model"] = "model"
+    object: Literal["model"] = Field("model", description="Always `model`.")
     created: int = Field(description="Unix seconds; 0 for a pair of the catalogue.")
     owned_by: str = Field(description="The team, or who publishes the pair's instruct model (`local`: this server).")
     kind: Kind = Field(
@@ -48,14 +48,14 @@ class ModelObject(BaseModel):
 class ModelList(BaseModel):
     """All at once, without pages."""
 
-    object: Literal["list"] = "list"
-    data: list[ModelObject]
+    object: Literal["list"] = Field("list", description="Always `list`.")
+    data: list[ModelObject] = Field(description="The team's fine-tuned models, then the pairs.")
 
 
 class DeletedModel(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    deleted: bool
+    id: str = Field(description="The model that was.")
+    object: Literal["model"] = Field("model", description="Always `model`.")
+    deleted: bool = Field(description="Always true.")
 
 
 # --- handlers -------------------------------------------------------------------------------------------------------
@@ -70,7 +70,9 @@ def list_all_models(caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
         sizes = session.execute(_BYTES_OF_MODEL.where(Artifact.team_id == caller.team_id).group_by(Artifact.job_id))
         bytes_of = {job_id: int(size) for job_id, size in sizes}
         pairs = [_of_pair(known.source.name, known.source, known.created_at) for known in known_pairs(session)]
-    return {"object": "list", "data": [*(_of_job(job, bytes_of[job.id]) for job in made), *pairs]}
+    # A model without a size was deleted between the two looks.
+    models = [_of_job(job, bytes_of[job.id]) for job in made if job.id in bytes_of]
+    return {"object": "list", "data": [*models, *pairs]}
 
 
 @router.get("/{model:path}", response_model=ModelObject)
@@ -78,9 +80,9 @@ def retrieve_model(model: str, caller: CallerDep, service: ServiceDep) -> dict[s
     """One model, by any name that the service gives or takes: a fine-tuned model, a checkpoint
     (`fine_tuned_model_checkpoint`), a pair, or the Hub id of a pair's model. `/` may be sent as it is or as `%2F`."""
     with service.database.reading() as session:
-        if job := find_model(session, caller.team_id, model):
-            size = session.execute(_BYTES_OF_MODEL.where(Artifact.job_id == job.id).group_by(Artifact.job_id)).one()[1]
-            return _of_job(job, int(size))
+        job = find_model(session, caller.team_id, model)
+        if job and (size := _size(session, job)) is not None:  # else it was deleted between the two looks
+            return _of_job(job, size)
         if found := find_checkpoint(session, caller.team_id, model):
             return _of_checkpoint(model, *found)
         pair = get_pair(session, _pair(session, model).name)
@@ -104,6 +106,11 @@ def delete_fine_tuned_model(model: str, caller: CallerDep, service: ServiceDep) 
     for key in keys:
         service.storage.delete(key)
     return {"id": model, "object": "model", "deleted": True}
+
+
+def _size(session: Session, job: Job) -> int | None:
+    row = session.execute(_BYTES_OF_MODEL.where(Artifact.job_id == job.id).group_by(Artifact.job_id)).first()
+    return int(row[1]) if row else None
 
 
 def _not_deletable(session: Session, team_id: str, model: str) -> ShadowError:

@@ -21,6 +21,7 @@ from core.hub import pin
 from core.ids import new_id
 from core.job_spec import ModelSource
 from core.models import PairCheck
+from core.pair_checks import require_room
 from core.pairs import checked_source, find_pair, model_source
 from core.verdict import Finding, FirstStage, examine, staged, verdict_of
 
@@ -51,10 +52,16 @@ class PairCheckRequest(StrictModel):
     pair: str | None = Field(
         None, min_length=1, max_length=256, description="A pair's name, or one of its models' ids."
     )
-    base: str | None = Field(None, min_length=1, max_length=1024)
-    instruct: str | None = Field(None, min_length=1, max_length=1024)
-    base_revision: str | None = Field(None, min_length=1, max_length=100)
-    instruct_revision: str | None = Field(None, min_length=1, max_length=100)
+    base: str | None = Field(None, min_length=1, max_length=1024, description="The model that is tuned.")
+    instruct: str | None = Field(
+        None, min_length=1, max_length=1024, description="The model onto which the change is grafted."
+    )
+    base_revision: str | None = Field(
+        None, min_length=1, max_length=100, description="A branch, tag or commit of the Hub. Null: its default branch."
+    )
+    instruct_revision: str | None = Field(
+        None, min_length=1, max_length=100, description="A branch, tag or commit of the Hub. Null: its default branch."
+    )
     depth: Literal["full", "headers"] = Field(
         "full",
         description="`headers`: configs and the headers of the weight files, answered at once. `full`: tokenizers, "
@@ -150,11 +157,15 @@ def create_check(body: PairCheckRequest, caller: CallerDep, service: ServiceDep)
     A check is `completed` at once where only headers were asked for, or where they refuse the pair. A model that this
     server cannot read just now (gated, private, or the Hub does not answer) is left to the worker, which holds the
     Hub's token and tries several times.
+
+    Twenty checks of a team may wait at once; one more is answered with 429. Ended ones are kept for thirty days, the
+    newest thousand of each team.
     """
     if body.pair is None and not caller.is_admin:
         raise _for_admins()
     with service.database.reading() as session:
         name, base, instruct = _models(session, body)
+        require_room(session, caller.team_id)
     roots = service.settings.model_roots
     base = checked_source(base, roots, param="base")
     instruct = checked_source(instruct, roots, param="instruct")

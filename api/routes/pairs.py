@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field
 
-from api.deps import AdminDep, After, CallerDep, Page, ServiceDep, StrictModel, page, timestamp
+from api.deps import AdminDep, After, CallerDep, Page, ServiceDep, StrictModel, json_answer, page, timestamp
 from api.strict_json import StrictRoute
 from core.catalogue import CataloguePair, CautionKind, Claim, Source
 from core.errors import InvalidInput
-from core.pairs import KnownPair, get_pair, known_pairs, model_source, register, remove
+from core.pairs import KnownPair, checked_pair, get_pair, known_pairs, model_source, register, remove
 
 router = APIRouter(prefix="/pairs", tags=["Pairs"], route_class=StrictRoute)
 
@@ -38,56 +38,63 @@ class PairRequest(StrictModel):
 
 
 class ClaimObject(BaseModel):
-    text: str
-    #: `verified`: looked up, at the place that `seen` names. `memory`: not looked up.
-    source: Source
-    seen: str | None
+    """Something that the catalogue says of a pair."""
+
+    text: str = Field(description="In words.")
+    source: Source = Field(
+        description="`verified`: looked up, at the place that `seen` names. `memory`: not looked up."
+    )
+    seen: str | None = Field(description="Where it was looked up. Null: it was not.")
 
 
 class CautionObject(ClaimObject):
-    kind: CautionKind
+    kind: CautionKind = Field(description="What it is about; stable, programs may test for it.")
 
 
 class PairObject(BaseModel):
-    id: str
-    object: Literal["pair"] = "pair"
-    name: str
-    base: str
-    instruct: str
-    base_revision: str | None
-    instruct_revision: str | None
-    #: `catalogue`, or `registered` by an admin.
-    origin: Literal["catalogue", "registered"]
-    created_at: int | None
-    #: What the catalogue knows; null, or none, for a registered pair.
-    family: str | None
-    #: That the two ids exist and belong together.
-    ids: ClaimObject | None
-    licence: ClaimObject | None
-    #: What to do to be let in; null: not known to be gated.
-    gated: ClaimObject | None
-    cautions: list[CautionObject]
+    """Two models of one lineage: `base` is tuned, and the change is grafted onto `instruct`."""
+
+    id: str = Field(description="`pair-…`")
+    object: Literal["pair"] = Field("pair", description="Always `pair`.")
+    name: str = Field(description="What jobs call it.")
+    base: str = Field(description="A Hub repository, or a folder of the server.")
+    instruct: str = Field(description="A Hub repository, or a folder of the server.")
+    base_revision: str | None = Field(
+        description="A branch, tag or commit of the Hub. Null: a folder, or the repository's default branch."
+    )
+    instruct_revision: str | None = Field(
+        description="A branch, tag or commit of the Hub. Null: a folder, or the repository's default branch."
+    )
+    origin: Literal["catalogue", "registered"] = Field(description="`registered`: by an admin of this deployment.")
+    created_at: int | None = Field(description="Unix seconds. Null: it came with the catalogue.")
+    family: str | None = Field(description="Of the catalogue's models. Null: a registered pair.")
+    ids: ClaimObject | None = Field(
+        description="That the two models exist and belong together. Null: a registered pair."
+    )
+    licence: ClaimObject | None = Field(description="The models' licence. Null: a registered pair.")
+    gated: ClaimObject | None = Field(description="What to do to be let in. Null: not known to be gated.")
+    cautions: list[CautionObject] = Field(description="What to know before tuning it. Empty: nothing is known.")
 
 
 class DeletedPair(BaseModel):
-    id: str
-    object: Literal["pair"] = "pair"
-    deleted: Literal[True] = True
+    id: str = Field(description="The pair that was.")
+    object: Literal["pair"] = Field("pair", description="Always `pair`.")
+    deleted: Literal[True] = Field(True, description="Always true.")
 
 
-@router.get("", response_model=Page)
+@router.get("", response_model=Page[PairObject])
 def list_pairs(
     _: CallerDep,
     service: ServiceDep,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 100,
     search: Annotated[str, Query(max_length=100, description="Part of a name, id, family or licence.")] = "",
-) -> dict[str, Any]:
+) -> Response:
     """The registered pairs, newest first, then the catalogue's."""
     with service.database.reading() as session:
         found = [pair for pair in known_pairs(session) if search.casefold() in _searched(pair)]
     start = _position(found, after) + 1 if after else 0
-    return page([_render(pair) for pair in found[start : start + limit + 1]], limit)
+    return json_answer(page([_render(pair) for pair in found[start : start + limit + 1]], limit))
 
 
 def _searched(pair: KnownPair) -> str:
@@ -113,14 +120,14 @@ def retrieve_pair(pair_id: str, _: CallerDep, service: ServiceDep) -> dict[str, 
 @router.post("", response_model=PairObject)
 def create_pair(body: PairRequest, _: AdminDep, service: ServiceDep) -> dict[str, Any]:
     """Register a pair (admin). Local folders must fit each other by their headers, or the answer lists every reason."""
+    checked = checked_pair(
+        name=body.name,
+        base=model_source(body.base, body.base_revision),
+        instruct=model_source(body.instruct, body.instruct_revision),
+        roots=service.settings.model_roots,
+    )
     with service.database.writing() as session:
-        pair = register(
-            session,
-            name=body.name,
-            base=model_source(body.base, body.base_revision),
-            instruct=model_source(body.instruct, body.instruct_revision),
-            roots=service.settings.model_roots,
-        )
+        pair = register(session, checked)
         session.commit()
     return _render(pair)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from anyio import to_thread
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from api.deps import CallerDep, Service, ServiceDep, StrictModel, owned, timestamp
+from api.idempotency import IntentDep, first_answer, replayed
 from api.multipart import Form, Limit, arriving, clean_filename, receive_form
 from api.routes import files as file_routes
 from api.routes.files import (
@@ -18,7 +19,7 @@ from api.routes.files import (
     FileObject,
     dropped_on_failure,
     limit_within_quota,
-    storage_key,
+    new_storage_key,
 )
 from api.strict_json import StrictRoute
 from core import files, uploads
@@ -33,8 +34,8 @@ router = APIRouter(prefix="/uploads", tags=["Uploads"], route_class=StrictRoute)
 
 
 class ExpiresAfter(StrictModel):
-    anchor: Literal["created_at"]
-    seconds: int = Field(ge=MIN_LIFETIME_SECONDS, le=MAX_LIFETIME_SECONDS)
+    anchor: Literal["created_at"] = Field(description="Always `created_at`: from the finished file's creation on.")
+    seconds: int = Field(ge=MIN_LIFETIME_SECONDS, le=MAX_LIFETIME_SECONDS, description="How long the file is kept.")
 
 
 class UploadRequest(StrictModel):
@@ -52,9 +53,11 @@ class UploadRequest(StrictModel):
     )
 
     bytes: int = Field(ge=1, description="The file's whole size.")
-    filename: str = Field(min_length=1, max_length=512)
+    filename: str = Field(min_length=1, max_length=512, description="A label only.")
     mime_type: str = Field(min_length=1, max_length=255, description="Kept as a remark; the check looks at the rows.")
-    purpose: Literal["fine-tune", "evals", "user_data"]
+    purpose: Literal["fine-tune", "evals", "user_data"] = Field(
+        description="`fine-tune`: rows to train on. `evals`: rows to measure on. `user_data`: anything else."
+    )
     expires_after: ExpiresAfter | None = Field(None, description="Of the finished file; without it, it is kept.")
 
 
@@ -70,24 +73,30 @@ class CompleteRequest(StrictModel):
 class UploadObject(BaseModel):
     """A file on its way in. A `pending` one takes parts until `expires_at`, an hour after its creation."""
 
-    id: str
-    object: Literal["upload"] = "upload"
-    bytes: int
-    created_at: int
-    expires_at: int
-    filename: str
-    purpose: Literal["fine-tune", "evals", "user_data"]
-    status: Literal["pending", "completed", "cancelled", "expired"]
-    file: FileObject | None = Field(description="Once completed; null again where it has been deleted since.")
+    id: str = Field(description="`upload_…`")
+    object: Literal["upload"] = Field("upload", description="Always `upload`.")
+    bytes: int = Field(description="The file's whole size, as declared.")
+    created_at: int = Field(description="Unix seconds.")
+    expires_at: int = Field(description="Unix seconds: until then parts are taken.")
+    filename: str = Field(description="What the finished file is called.")
+    purpose: Literal["fine-tune", "evals", "user_data"] = Field(description="The finished file's.")
+    status: Literal["pending", "completed", "cancelled", "expired"] = Field(
+        description="`pending`: parts are taken. The others are final."
+    )
+    file: FileObject | None = Field(
+        description="The finished file. Null: not completed, or the file has been deleted since."
+    )
 
 
 class PartObject(BaseModel):
-    id: str
-    object: Literal["upload.part"] = "upload.part"
-    upload_id: str
-    created_at: int
-    bytes: int
-    sha256: str
+    """One part of an upload."""
+
+    id: str = Field(description="`part_…`; completing the upload names it.")
+    object: Literal["upload.part"] = Field("upload.part", description="Always `upload.part`.")
+    upload_id: str = Field(description="The upload that it belongs to.")
+    created_at: int = Field(description="Unix seconds.")
+    bytes: int = Field(description="Its size.")
+    sha256: str = Field(description="Of its bytes, in hexadecimal.")
 
 
 def _render(upload: Upload, file: File | None) -> dict[str, Any]:
@@ -105,7 +114,7 @@ def _render(upload: Upload, file: File | None) -> dict[str, Any]:
 
 
 @router.post("", response_model=UploadObject)
-def create_upload(body: UploadRequest, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
+def create_upload(body: UploadRequest, caller: CallerDep, service: ServiceDep, intent: IntentDep) -> Response:
     """Begin to send a large file by parts.
 
     Then send each part of at most 64 MB, in any order and at once if you like, and complete the upload with the parts'
@@ -127,10 +136,13 @@ def create_upload(body: UploadRequest, caller: CallerDep, service: ServiceDep) -
         file_lifetime_seconds=body.expires_after.seconds if body.expires_after else None,
     )
     with service.database.writing() as session:
+        if (earlier := replayed(session, intent)) is not None:
+            return earlier
         files.take_room(session, caller.team_id, body.bytes, quota_bytes=service.settings.team_storage_bytes)
         uploads.create(session, upload)
+        answer = first_answer(session, intent, _render(upload, None))
         session.commit()
-        return _render(upload, None)
+        return answer
 
 
 _FORM = {
@@ -213,7 +225,8 @@ def _keep_part(service: Service, part: UploadPart) -> dict[str, Any]:
 def complete_upload(upload_id: str, body: CompleteRequest, caller: CallerDep, service: ServiceDep) -> dict[str, Any]:
     """Put the parts together, in the order of `part_ids`. The file is then checked as any other.
 
-    Their sizes must add up to the declared `bytes`. Completing again with the same request gives the same file.
+    Their sizes must add up to the declared `bytes`. Completing again with the same request gives the same file,
+    with an `Idempotency-Key` or without; with another one it is an error.
     """
     body.md5 = body.md5 and body.md5.lower()
     with service.database.reading() as session:
@@ -233,11 +246,9 @@ def complete_upload(upload_id: str, body: CompleteRequest, caller: CallerDep, se
 
 def _assemble(service: Service, upload: Upload, parts: list[UploadPart], md5: str | None) -> File:
     """The file's row, its content being in storage."""
-    file_id = new_id("file-")
-    key = storage_key(upload.team_id, file_id)
+    key = new_storage_key(upload.team_id)
     stored = uploads.assemble(service.storage, key, parts, md5)
     return File(
-        id=file_id,
         team_id=upload.team_id,
         filename=upload.filename,
         purpose=upload.purpose,

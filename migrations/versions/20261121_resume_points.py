@@ -1,6 +1,6 @@
 """saved states of trainings, budgets of their own for stalls, disks and memory, and a team's limit of time
 
-Revision: 0007_resume_points, after 0006_uploads
+Revision: 0008_resume_points, after 0007_folded_pair_names
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from sqlalchemy.dialects import postgresql
 
 from core.db import UtcDateTime
 
-revision = "0007_resume_points"
-down_revision = "0006_uploads"
+revision = "0008_resume_points"
+down_revision = "0007_folded_pair_names"
 branch_labels = None
 depends_on = None
 

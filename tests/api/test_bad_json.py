@@ -8,7 +8,7 @@ import socket
 
 import pytest
 
-from tests.api.talk import as_json, job_body, nested, objects, told, traces
+from tests.api.talk import as_json, job_body, nested, objects, routes, told, traces
 
 GOOD = job_body()
 
@@ -84,6 +84,21 @@ def test_what_is_not_strictly_json_is_refused(api, client, case):
     answer = client.http.post("/fine_tuning/jobs", content=content, headers={"content-type": "application/json"})
     assert told(answer)["code"] == ("missing_required_parameter" if body.isspace() else "invalid_json")
     assert traces(api) == before
+
+
+@pytest.mark.parametrize("text", ['{"name": "\\ud800"}', '{"name": "a\\u0000"}', '{"\\udfff": 1}'])
+def test_no_route_that_takes_json_takes_text_that_is_none(api, text):
+    taking = [
+        path
+        for method, path in routes(api.http.get("/openapi.json").json())
+        if method == "POST" and path != "/v1/files"
+    ]
+    admin = {"authorization": f"Bearer {api.admin_key}"}
+    said = {path: api.http.post(path, headers=admin, content=text) for path in taking}
+    assert {"/v1/pairs", "/v1/pairs/check", "/v1/fine_tuning/jobs", "/v1/uploads"} <= said.keys()
+    assert {path for path, answer in said.items() if answer.status_code >= 500} == set()
+    for path in ("/v1/pairs", "/v1/pairs/check", "/v1/fine_tuning/jobs", "/v1/uploads"):
+        told(api.http.post(path, **as_json(text)), code="invalid_json")
 
 
 @pytest.mark.parametrize("body", ["null", "[]", '"x"', "3", "true", "[{}]", "-0", "1e5", ""])
@@ -296,6 +311,22 @@ def test_a_misspelt_or_misplaced_field_is_named_with_what_was_meant(client, name
     fields, meant = UNKNOWN[name]
     answer = client.http.post("/fine_tuning/jobs", **as_json(job_body(**fields)))
     assert f"Did you mean '{meant}'?" in told(answer, code="unknown_parameter", param=name)["message"]
+
+
+@pytest.mark.parametrize("name", ["hyperparameters.beta", "shadow.tuning.size"])
+def test_an_unknown_field_that_is_like_none_gets_no_suggestion(client, name):
+    parents, _, last = name.rpartition(".")
+    value: object = {last: 1}
+    for parent in reversed(parents.split(".")):
+        value = {parent: value}
+    answer = client.http.post("/fine_tuning/jobs", **as_json(job_body(**value)))
+    assert "Did you mean" not in told(answer, code="unknown_parameter", param=name)["message"]
+
+
+@pytest.mark.parametrize("shown", ["null", "true", "[null, 1.5]", '{"a": false}'])
+def test_a_value_is_shown_as_json_has_it(client, shown):
+    answer = client.http.post("/fine_tuning/jobs", **as_json(job_body(training_file=json.loads(shown))))
+    assert told(answer, param="training_file")["message"].endswith(f"; found {shown}.")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
@@ -33,6 +34,12 @@ BAD = {
     "unknown field": (FILE + PURPOSE + part("colour", "red") + END, "unknown_parameter"),
     "field too long": (FILE + part("purpose", "x" * 5000) + END, "invalid_value"),
     "too many fields": (FILE + b"".join(part(f"f{n}", "x") for n in range(100)) + END, "invalid_value"),
+    "many empty fields": (FILE + b"".join(part(f"f{n}", "") for n in range(100)) + END, "invalid_value"),
+    "two purposes": (FILE + PURPOSE + PURPOSE + END, "invalid_value"),
+    "a long head": (
+        part("file", ROW, "rows.jsonl").replace(b"\r\n\r\n", b"\r\nx: " + b"y" * 20_000 + b"\r\n\r\n", 1) + END,
+        "invalid_multipart",
+    ),
     "zero bytes": (part("file", b"", "rows.jsonl") + PURPOSE + END, "invalid_training_file"),
     "no last boundary": (FILE + PURPOSE, "invalid_multipart"),
     "cut in the file": (FILE[:-10], "invalid_multipart"),
@@ -88,6 +95,8 @@ NAMES = {
     "żółć 数据.jsonl": "żółć 数据.jsonl",
     "<b>x</b>": "b>",
     "\x1b[31mred": "[31mred",
+    "हिन्दी क्‍ष नि‌म 👨‍👩‍👧.jsonl": "हिन्दी क्‍ष नि‌म 👨‍👩‍👧.jsonl",
+    "a %22b%22 100%.jsonl": 'a "b" 100%.jsonl',
 }
 
 
@@ -97,7 +106,7 @@ def test_a_file_name_is_a_label_and_never_a_path(api, client, name):
     assert answer.status_code == 200, answer.text
     assert answer.json()["filename"] == NAMES[name]
     stored = api.settings.storage_dir / "files" / client.member.team_id
-    assert [path.name for path in stored.iterdir()] == [answer.json()["id"]]
+    assert [bool(re.fullmatch("[0-9a-z]{26}", path.name)) for path in stored.iterdir()] == [True]
     content = client.http.get(f"/files/{answer.json()['id']}/content")
     assert content.content == ROW
     said = Message()

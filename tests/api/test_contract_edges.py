@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jsonschema_rs
 import openai
 import pytest
 
@@ -10,6 +11,12 @@ from core.jobs import NewEvent, add_events, put_back, record
 from core.models import Artifact, Checkpoint, Job
 from tests.api.talk import MODEL, routes, told
 from tests.servers import PLAIN
+
+
+@pytest.fixture(scope="module")
+def schemas(api):
+    return api.http.get("/openapi.json").json()["components"]["schemas"]
+
 
 # --- what is not offered ----------------------------------------------------------------------------------------------
 
@@ -156,14 +163,53 @@ def test_the_contracts_eight_states_are_documented(api):
         assert set(openapi["components"]["schemas"][name]["properties"]["status"]["enum"]) == eight
 
 
-def test_every_field_of_a_job_is_described(api):
-    schemas = api.http.get("/openapi.json").json()["components"]["schemas"]
-    for name in (
-        *("JobRequest", "Method", "Supervised", "Hyperparameters", "ShadowOptions", "TuningOptions", "GraftOptions"),
-        *("EvaluationOptions", "PublishOptions", "JobObject", "JobError"),
-    ):
-        silent = [field for field, said in schemas[name]["properties"].items() if not said.get("description")]
+def test_every_field_on_the_page_is_described(schemas):
+    for name, schema in schemas.items():
+        silent = [field for field, said in schema.get("properties", {}).items() if not said.get("description")]
         assert not silent, f"{name} says nothing about {silent}"
+
+
+def test_every_example_on_the_page_fits_its_schema(api, schemas):
+    checked = 0
+    for name, schema in schemas.items():
+        fields = schema.get("properties", {}).values()
+        for described in (schema, *fields):
+            for example in [*described.get("examples", []), *filter(None, [described.get("example")])]:
+                problems = jsonschema_rs.iter_errors({**described, "components": {"schemas": schemas}}, example)
+                assert not [problem.message for problem in problems], f"an example of {name}"
+                checked += 1
+    assert checked > 20
+
+
+def test_examples_hold_their_nulls(schemas):
+    file, job, check = (schemas[name] for name in ("FileObject", "JobObject", "PairCheckObject"))
+    assert file["examples"][0]["status_details"] is None
+    assert job["examples"][0]["finished_at"] is job["examples"][0]["error"] is None
+    assert check["example"]["similarity"] is None
+
+
+@pytest.mark.parametrize(
+    ("path", "item"),
+    [
+        ("/files", "FileObject"),
+        ("/fine_tuning/jobs", "JobObject"),
+        ("/fine_tuning/jobs/{job_id}/events", "EventObject"),
+        ("/fine_tuning/jobs/{job_id}/artifacts", "ArtifactObject"),
+        ("/fine_tuning/jobs/{job_id}/checkpoints", "CheckpointObject"),
+        ("/grafts", "GraftObject"),
+        ("/pairs", "PairObject"),
+    ],
+)
+def test_a_list_says_what_it_holds(api, schemas, path, item):
+    answer = api.http.get("/openapi.json").json()["paths"][f"/v1{path}"]["get"]["responses"]["200"]
+    page = schemas[answer["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]]
+    assert page["properties"]["data"]["items"] == {"$ref": f"#/components/schemas/{item}"}
+
+
+def test_every_route_can_break(api):
+    for path, methods in api.http.get("/openapi.json").json()["paths"].items():
+        for method, operation in methods.items():
+            assert "500" in operation["responses"], f"{method} {path}"
 
 
 # --- errors that no handler wrote -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from sqlalchemy import update
 
 from api.routes import estimates
 from core.models import File, Job, PhaseTime, Worker
-from core.pairs import model_source, register
+from core.pairs import checked_pair, model_source, register
 from tests import fake_hub
 from tests.api.talk import Client, told, traces
 from tests.conftest import BACKENDS
@@ -36,7 +36,7 @@ def api(request, fresh_settings, tmp_path_factory):
     ):
         for name, pair in (("tiny", (str(base), str(instruct))), ("far", ("acme/base", "acme/instruct"))):
             sources = [model_source(location, None) for location in pair]
-            register(session, name=name, base=sources[0], instruct=sources[1], roots=(folder,))
+            register(session, checked_pair(name=name, base=sources[0], instruct=sources[1], roots=(folder,)))
         session.commit()
         yield ran
 
@@ -135,6 +135,8 @@ def test_tokens_are_a_range_where_only_characters_are_known(client, checked, lan
     tokens = ask(client, checked)["tokens"]
     assert tokens["source"] == "characters"
     assert tokens["low"] < 57_000 / 4.2 < tokens["high"]  # plain English
+    terse = ask(client, check(client, client.upload(), rows=100, characters=100))["tokens"]
+    assert terse["low"] >= 4 * 95  # a chat format takes tokens, too
     short = ask(client, checked, shadow={"tuning": {"max_length": 64}})["tokens"]
     assert short["high"] == 64 * 95
 
@@ -298,7 +300,7 @@ def test_a_hub_that_does_not_answer_is_unavailable_within_seconds(client, checke
     monkeypatch.setattr(estimates, "HEADER_SECONDS", 0.2)
     body = {"model": "far", "training_file": checked}
     answer = client.http.post("/fine_tuning/jobs/estimate", json=body)
-    told(answer, 503, "hub_unavailable")
+    assert told(answer, 503, "hub_unavailable")["message"].endswith(". Try again later.")
     assert answer.headers["retry-after"]
 
 

@@ -22,8 +22,10 @@ from sqlalchemy.engine import Engine
 from api import event_stream
 from core import jobs
 from core.jobs import NewEvent
+from core.keys import create_key, revoke_key
+from core.models import Team
 from tests.api.talk import Client, told
-from tests.servers import HOST, PLAIN, die_with_parent, ended, free_port, run_api, wait_until
+from tests.servers import HOST, PLAIN, Member, die_with_parent, ended, free_port, run_api, wait_until
 
 READS_FOR_STREAMS = ("job.event_count", "FROM job_event")
 
@@ -175,6 +177,22 @@ def test_the_sdk_does_not_mind_the_comments(api, client, job_id, monkeypatch):
         time.sleep(0.3)
         cancel(client, job_id)
         assert [one["message"] for one in seen] == ["The job has been cancelled"]
+
+
+def test_a_stream_ends_with_its_key_and_only_that_one(api, client, job_id):
+    with api.database.writing() as session:
+        row, key = create_key(session, session.get_one(Team, client.member.team_id), name="other", is_admin=False)
+        session.commit()
+    other = Client(api, Member(team_id=client.member.team_id, key=key))
+    with other.http, stream(client, job_id) as kept, stream(other, job_id) as ended:
+        seen, lost = messages(kept), messages(ended)
+        assert [next(seen)[0] for _ in range(2)] == [next(lost)[0] for _ in range(2)]
+        with api.database.writing() as session:
+            revoke_key(session, row.id)
+            session.commit()
+        assert list(lost) == []  # a clean end, and not that of the job
+        say(client, job_id, "News")
+        assert next(seen)[1]["message"] == "News"
 
 
 # --- many, slow and gone ----------------------------------------------------------------------------------------------

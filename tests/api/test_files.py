@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import json
 import os
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import openai
 import pytest
 
-from tests.api.talk import ROW, told
+from api.download import Wanted, download
+from api.routes.jobs import JobRequest, new_job
+from core import jobs
+from core.keys import Caller
+from core.models import File
+from tests.api.talk import MODEL, ROW, told
 from tests.servers import PLAIN
 
 CONTENT = b"0123456789"
@@ -82,10 +90,16 @@ RANGES = {
     "bytes=-99": CONTENT,
     "bytes=8-99": b"89",
     "Bytes = 0-1": b"01",
+    f"bytes=8-{'9' * 21}": b"89",
+    f"bytes=-{'9' * 5000}": CONTENT,
+    "bytes=0-0,99-": b"0",
+    "bytes=99-,,0-0,": b"0",
+    "bytes=007-08": b"78",
+    "bytes=4-6,5-8": b"45678",
 }
 
 
-@pytest.mark.parametrize("wanted", RANGES)
+@pytest.mark.parametrize("wanted", RANGES, ids=lambda wanted: wanted[:20])
 def test_a_range_gives_its_bytes(client, content, wanted):
     answer = client.http.get(content, headers={"range": wanted})
     assert (answer.status_code, answer.content) == (206, RANGES[wanted])
@@ -101,9 +115,16 @@ def test_several_ranges_come_in_one_answer(client, content):
     assert b"56" in answer.content
 
 
+@pytest.mark.parametrize("wanted", ["rows=0-1", "items=a-b", "", "=0-1"])
+def test_a_range_of_another_unit_is_ignored(client, content, wanted):
+    answer = client.http.get(content, headers={"range": wanted})
+    assert (answer.status_code, answer.content) == (200, CONTENT)
+
+
 BAD_RANGES = [
-    *("bytes=10-", "bytes=99-100", "bytes=4-2", "bytes=-0", "bytes=-", "bytes=", "bytes", "", "bytes=a-b", "bytes=1"),
-    *("rows=0-1", "bytes=0-1,", "bytes=0-1,99-", "bytes=0x1-2", "bytes=--1", f"bytes={'9' * 5000}-", "bytes=1-2-3"),
+    *("bytes=10-", "bytes=99-100", "bytes=4-2", "bytes=-0", "bytes=-", "bytes=", "bytes", "bytes=a-b", "bytes=1"),
+    *("bytes=0-1,x", "bytes=0-1,4-2", "bytes=10-,99-", "bytes=0x1-2", "bytes=--1", "bytes=0 - 1", "bytes=1-2-3"),
+    f"bytes={'9' * 5000}-",
 ]
 
 
@@ -147,8 +168,74 @@ def test_large_content_comes_back_whole(client):
 
 
 def test_content_that_is_gone_is_not_found(api, client, file_id):
-    (api.settings.storage_dir / "files" / client.member.team_id / file_id).unlink()
+    with api.database.reading() as session:
+        key = session.get_one(File, file_id).storage_key
+    (api.settings.storage_dir / key).unlink()
     told(client.http.get(f"/files/{file_id}/content"), 404, "content_not_found")
+
+
+# --- files that are deleted meanwhile ---------------------------------------------------------------------------------
+
+
+async def taken(answer, at_start):
+    """What an answer sends; `at_start` is called once it has begun."""
+    sent = []
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+        if len(sent) == 1:
+            at_start()
+
+    await answer({"type": "http", "method": "GET", "headers": [], "asgi": {"spec_version": "2.3"}}, receive, send)
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent)
+
+
+def test_content_deleted_before_the_answer_began_is_not_found(tmp_path):
+    path = tmp_path / "content"
+    path.write_bytes(CONTENT)
+    answer = download(Wanted(None, None, None), path, filename="r.jsonl", sha256="0" * 64)
+    path.unlink()
+    status, body = asyncio.run(taken(answer, lambda: None))
+    assert (status, json.loads(body)["error"]["code"]) == (404, "content_not_found")
+
+
+def test_content_deleted_after_the_answer_began_is_sent_to_its_end(tmp_path):
+    path = tmp_path / "content"
+    path.write_bytes(large := os.urandom(3_000_000))
+    answer = download(Wanted(None, None, None), path, filename="r.jsonl", sha256="0" * 64)
+    assert asyncio.run(taken(answer, path.unlink)) == (200, large)
+
+
+def test_a_file_that_a_new_job_names_cannot_be_deleted_before_the_job_is_there(api, client, file_id):
+    body = JobRequest.model_validate({"model": MODEL, "training_file": file_id})
+    caller = Caller(key_id="key_x", team_id=client.member.team_id, team_name="t", is_admin=False)
+    with ThreadPoolExecutor(1) as pool, api.database.writing() as session:
+        job = new_job(session, body, caller)
+        deleting = pool.submit(client.http.delete, f"/files/{file_id}")
+        assert not wait([deleting], timeout=0.3).done
+        jobs.create(session, job)
+        session.commit()
+        told(deleting.result(), 409, "file_in_use")
+
+
+def test_a_job_made_while_its_file_is_deleted_is_refused(api, client, file_id):
+    with ThreadPoolExecutor(1) as pool, api.database.writing() as session:
+        session.delete(session.get_one(File, file_id))
+        session.flush()
+        asked = {"model": MODEL, "training_file": file_id}
+        making = pool.submit(client.http.post, "/fine_tuning/jobs", json=asked)
+        assert not wait([making], timeout=0.3).done
+        session.commit()
+        told(making.result(), 400, "file_not_found", "training_file")
+
+
+def test_of_two_deletions_at_once_one_finds_nothing(api, client, file_id):
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda _: client.http.delete(f"/files/{file_id}").status_code, range(2)))
+    assert sorted(answers) == [200, 404]
 
 
 def test_files_of_one_purpose_are_listed_in_either_order(client):

@@ -176,6 +176,28 @@ def test_a_retry_count_of_any_form_breaks_nothing(client, body, count):
     assert post(client, body, retry=count).status_code == 200
 
 
+# --- uploads ----------------------------------------------------------------------------------------------------------
+
+UPLOAD = {"bytes": 2, "filename": "r.jsonl", "mime_type": "text/jsonl", "purpose": "fine-tune"}
+
+
+def test_an_upload_is_begun_once_for_a_key_and_once_for_a_retry(client):
+    for how in ({"key": "k"}, {"retry": 1}):
+        first, second = (post(client, UPLOAD, path="/uploads", **how) for _ in range(2))
+        assert (first.json()["status"], first.content) == ("pending", second.content)
+        assert second.headers["idempotent-replayed"] == "true"
+    assert post(client, UPLOAD, path="/uploads").json()["id"] != first.json()["id"]
+    told(post(client, {**UPLOAD, "bytes": 3}, path="/uploads", key="k"), 400, "idempotency_key_reused")
+
+
+def test_an_upload_is_completed_once_whatever_the_key(client):
+    path = f"/uploads/{post(client, UPLOAD, path='/uploads').json()['id']}"
+    part = client.http.post(f"{path}/parts", files={"data": ("d", b"{}")}).json()["id"]
+    first, second = (post(client, {"part_ids": [part]}, path=f"{path}/complete", key=key) for key in ("k", "k"))
+    assert first.json()["file"]["id"] == second.json()["file"]["id"]
+    told(post(client, {"part_ids": [part], "md5": "0" * 32}, path=f"{path}/complete", key="k"), 409)
+
+
 # --- races ------------------------------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,32 @@ def test_a_cursor_of_another_list_is_refused(client, job_id):
     told(client.http.get("/files", params={"after": job_id}), 400, param="after")
 
 
+def test_a_cursor_that_the_filters_leave_out_is_refused(client, job_id):
+    client.finish(job_id, {"model/w": b"w", "card/README.md": b"c"})
+    other = client.submit()
+    client.finish(other, {"model/w": b"w"})
+    for path, names, names_not in (
+        (f"/fine_tuning/jobs/{job_id}/artifacts", {}, f"/fine_tuning/jobs/{other}/artifacts?kind=model"),
+        (
+            f"/fine_tuning/jobs/{job_id}/artifacts",
+            {"kind": "model"},
+            f"/fine_tuning/jobs/{job_id}/artifacts?kind=card",
+        ),
+        ("/files", {"purpose": "evals"}, "/files?purpose=fine-tune"),
+        ("/fine_tuning/jobs", {"metadata[a]": "b"}, "/fine_tuning/jobs"),
+    ):
+        after = client.http.get(names_not).json()["first_id"]
+        told(client.http.get(path, params={**names, "after": after}), 400, param="after")
+
+
+def test_a_slash_at_the_end_is_told_and_leads_nowhere_else(client):
+    for method, path in (("GET", "/files/"), ("POST", "/fine_tuning/jobs/"), ("GET", "/fine_tuning/jobs/x/")):
+        answer = client.http.request(method, path, headers={"host": "elsewhere.example"}, follow_redirects=False)
+        error = told(answer, 404, "unknown_url")
+        assert f"Leave out the slash at its end: /v1{path[:-1]}." in error["message"]
+    assert "/docs lists the routes" in told(client.http.get("/nowhere/"), 404, "unknown_url")["message"]
+
+
 def test_the_cursor_of_a_deleted_file_is_refused(client):
     file_id = client.upload()
     client.http.delete(f"/files/{file_id}")

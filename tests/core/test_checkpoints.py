@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from core.checkpoints import (
     DTYPE_BYTES,
+    MAX_JSON_BYTES,
     NOT_SMALL_FILE_PATTERNS,
     SMALL_FILE_PATTERNS,
     is_small_file,
@@ -130,6 +131,7 @@ DAMAGED = {
     "deep nesting": (framed("[" * 100_000), "not valid JSON"),
     "not an object": (framed("[]"), "JSON list"),
     "name twice": (framed('{"w": 1, "w": 2}'), "'w' stands twice"),
+    "half a surrogate in a name": (framed('{"\\ud800": 1}'), r"the name '\ud800' is no text"),
     "entry not an object": (framed('{"w": 1}'), "not dtype, shape"),
     "missing offsets": (framed('{"w": {"dtype": "F32", "shape": [2]}}', bytes(8)), "not dtype, shape"),
     "unknown dtype": (framed(json.dumps({"w": entry("X4", (2,), (0, 1))}), bytes(1)), "'X4'"),
@@ -205,6 +207,30 @@ def test_a_config_that_needs_code_is_refused(tmp_path, config):
         read_checkpoint(folder)
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_too_large_is_refused_with_its_size_and_the_limit(tmp_path, file):
+    folder = write_model(tmp_path / "qwen", sharded_files())
+    with (folder / file).open("ab") as stream:
+        stream.write(b" " * MAX_JSON_BYTES)
+    said = rf"qwen/{file} takes {(folder / file).stat().st_size:,} bytes, and at most {MAX_JSON_BYTES:,} are read"
+    with pytest.raises(InvalidInput, match=said) as caught:
+        read_checkpoint(folder)
+    assert caught.value.code == "checkpoint_too_large"
+
+
+def test_so_are_headers_one_by_one_and_together(tmp_path):
+    def padded(name: str, size: int) -> bytes:
+        return framed(json.dumps({"__metadata__": {"x": " " * size}, name: entry()}), bytes(8))
+
+    single = write_model(tmp_path / "one", {"model.safetensors": padded("one", MAX_JSON_BYTES)})
+    with pytest.raises(InvalidInput, match=r"The header of one/model\.safetensors takes 16,777,\d+ bytes"):
+        read_checkpoint(single)
+    halves = {f"{name}.safetensors": padded(name, MAX_JSON_BYTES // 2) for name in ("one", "two")}
+    files = halves | {"model.safetensors.index.json": index(one="one.safetensors", two="two.safetensors")}
+    with pytest.raises(InvalidInput, match=r"The headers of two take 16,777,\d+ bytes"):
+        read_checkpoint(write_model(tmp_path / "two", files))
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InvalidInput, match="is not a folder"):
         read_checkpoint(tmp_path / "nowhere")
@@ -269,11 +295,11 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path):
 
 
 def test_a_disk_that_fails_may_be_asked_again(tmp_path, monkeypatch):
-    def fail(self: Path) -> bytes:
+    def fail(self: Path, *_: Any) -> None:
         raise OSError(errno.EIO, "Input/output error", str(self))
 
     folder = write_model(tmp_path / "qwen", {"model.safetensors": shard(one=2)})
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(Unavailable, match=r"qwen/config\.json cannot be read \(Input/output error\)"):
         read_checkpoint(folder)
 
@@ -436,3 +462,32 @@ def test_a_hub_without_the_model_file_is_refused(tmp_path, monkeypatch):
 def test_a_name_that_is_no_repository_is_refused(tmp_path):
     with pytest.raises(InvalidInput, match="not the name"):
         read_hub_checkpoint("a/b/c", "main", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "said"),
+    [
+        ({"transformers_weights": "other.safetensors"}, "foreign_file", "transformers_weights 'other.safetensors'"),
+        ({"text_config": {"transformers_weights": "a"}}, "foreign_file", "transformers_weights"),
+        ({"configuration_files": ["config.4.0.0.json"]}, "foreign_file", "configuration_files"),
+        ({"attn_implementation": "owner/kernel"}, "remote_code_refused", "'owner/kernel'"),
+        ({"text_config": {"_attn_implementation": {"": "owner/kernel"}}}, "remote_code_refused", "owner/kernel"),
+        ({"a": {"b": {"auto_map": {"AutoModel": "own.Own"}}}}, "remote_code_refused", "auto_map"),
+    ],
+)
+def test_a_config_that_leads_to_other_files_or_code_is_refused(tmp_path, fields, code, said):
+    folder = write_model(tmp_path / "qwen", {"model.safetensors": shard(one=2)})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(InvalidInput, match=said) as caught:
+        read_checkpoint(folder)
+    assert caught.value.code == code
+
+
+def test_what_a_config_says_of_attention_by_its_own_name_is_taken(tmp_path):
+    folder = write_model(tmp_path / "qwen", {"model.safetensors": shard(one=2)})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "_attn_implementation": "sdpa", "transformers_weights": None, "configuration_files": []})
+    )
+    assert read_checkpoint(folder).tensors

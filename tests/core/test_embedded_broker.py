@@ -10,7 +10,7 @@ from queue import Empty
 import pytest
 from kombu import Connection
 
-import core.broker  # noqa: F401 - it makes the transport known to kombu
+import core.celery_app  # noqa: F401 - it makes the transport known to kombu
 from core import embedded_broker
 
 

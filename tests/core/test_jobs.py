@@ -950,6 +950,17 @@ def test_events_written_at_once_are_numbered_without_a_gap(database):
         assert own == sorted(own)
 
 
+def test_what_strangers_files_say_is_kept_without_what_a_database_or_an_answer_cannot_hold(database):
+    odd = "a\ud800b\0c\\u0000 😀"
+    data = {"remarks": [odd, 1.5, None], odd: {"deep": odd}, "plain": ["\\ud800", True]}
+    job_id = make_job(database, make_team(database), labels={"face": "😀"})
+    act(database, jobs.add_events, job_id, [NewEvent(odd, data=data)])
+    kept, clean = events(database, job_id)[-1], r"a\ud800b\0c\u0000 😀"
+    assert kept.message == clean
+    assert kept.data == {"remarks": [clean, 1.5, None], clean: {"deep": clean}, "plain": ["\\ud800", True]}
+    assert read(database, job_id).labels == {"face": "😀"}
+
+
 def test_a_write_that_is_rolled_back_leaves_no_gap(database):
     job_id = make_job(database, make_team(database))
     with database.writing() as session:

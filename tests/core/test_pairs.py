@@ -11,9 +11,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import core.pairs
 from core.errors import Conflict, InvalidInput, NotFound, PairRefused
 from core.job_spec import ModelSource
-from core.pairs import catalogue, checked_source, find_pair, get_pair, known_pairs, model_source, register, remove
+from core.pairs import (
+    catalogue,
+    checked_pair,
+    checked_source,
+    find_pair,
+    get_pair,
+    known_pairs,
+    model_source,
+    register,
+    remove,
+)
 
 
 def hub(location, revision=None):
@@ -41,9 +52,10 @@ def write_model(folder, hidden_size=4, **config):
 
 
 def add(database, name="acme", base=None, instruct=None, roots=()):
+    base, instruct = base or hub("acme/one-base"), instruct or hub("acme/one")
+    checked = checked_pair(name=name, base=base, instruct=instruct, roots=roots)
     with database.writing() as session:
-        base, instruct = base or hub("acme/one-base"), instruct or hub("acme/one")
-        pair = register(session, name=name, base=base, instruct=instruct, roots=roots)
+        pair = register(session, checked)
         session.commit()
         return pair
 
@@ -124,6 +136,14 @@ def test_a_name_is_given_once_whatever_its_capitals_and_also_if_the_catalogue_ha
     add(database)
     with pytest.raises(Conflict):
         add(database, name)
+
+
+@pytest.mark.parametrize("again", ["acme", "ACME"])
+def test_of_two_who_give_a_name_at_the_same_moment_one_gets_it(database, monkeypatch, again):
+    monkeypatch.setattr(core.pairs, "known_pairs", lambda session: [])  # as if neither had seen the other
+    add(database)
+    with pytest.raises(Conflict, match=f"already a pair named '{again}'"):
+        add(database, again)
 
 
 @pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
@@ -289,6 +309,21 @@ def test_a_link_to_nothing_and_one_to_itself_are_refused(roots):
         (folder / "loop.json").unlink(missing_ok=True)
         (folder / "loop.json").symlink_to(target)
         assert "loop.json cannot be read" in refusal(folder, roots)
+
+
+@pytest.mark.parametrize("name", [b"bad\xff.json", b"bad\xff.safetensors", b"additional_chat_templates/bad\xff.jinja"])
+def test_a_file_whose_name_is_no_text_is_refused(roots, name):
+    folder = write_model(roots[0] / "model")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / os.fsdecode(name)).write_text("{}")
+    assert "udcff" in refusal(folder, roots)
+
+
+def test_so_is_a_folder_also_where_a_link_has_a_better_name(roots):
+    folder = write_model(roots[0] / os.fsdecode(b"bad\xff"))
+    (roots[0] / "good").symlink_to(folder)
+    for path in (folder, roots[0] / "good"):
+        assert "is not UTF-8" in refusal(path, roots)
 
 
 def test_what_nobody_opens_may_lie_in_a_folder(roots, tmp_path):

@@ -53,6 +53,18 @@ def test_what_is_dropped_leaves_nothing(storage):
     assert everything(storage) == []
 
 
+def test_what_is_still_coming_in_at_the_end_is_dropped(storage):
+    kept, dropped, cut = (storage.receive(f"a/{name}") for name in ("kept", "dropped", "cut"))
+    for incoming in (kept, dropped, cut):
+        incoming.write(b"x")
+    kept.keep()
+    dropped.drop()
+    storage.close()
+    assert [path.name for path in storage.path("a").iterdir()] == ["kept"]
+    with pytest.raises(Unavailable):
+        cut.keep()
+
+
 def test_a_second_object_of_the_name_replaces_the_first_whole(storage):
     for content in (b"first", b"second, longer"):
         incoming = storage.receive("one")

@@ -141,6 +141,56 @@ def test_a_model_that_is_tuned_itself_is_judged_alone():
     assert [finding.code for finding in check_head(quantised)] == ["quantised_checkpoint"]
 
 
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"num_hidden_layers": 3}, "num_hidden_layers 3, and its weights have 1 layers"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0, and its weights have 1 layers"),
+        ({"num_hidden_layers": 2**40}, f"num_hidden_layers {2**40}, and"),
+        ({"hidden_size": 2**40}, f"hidden_size {2**40}, and model.embed_tokens.weight has the shape [8, 4]"),
+        ({"hidden_size": None, "n_embd": 5}, "n_embd 5, and model.embed_tokens.weight has the shape [8, 4]"),
+        ({"vocab_size": 2**40}, f"vocab_size {2**40}, and lm_head.weight has the shape [8, 4]"),
+        ({"vocab_size": "8"}, "vocab_size 8, and"),
+        ({"vocab_size": -1}, "vocab_size -1, and"),
+        ({"num_attention_heads": 2**40}, f"num_attention_heads {2**40}, and its weights have 112 numbers in all"),
+        ({"text_config": {"vocab_size": 9}}, "vocab_size 9, and"),
+    ],
+)
+def test_a_config_that_is_not_of_these_weights_is_refused_with_both_numbers(stated, said):
+    one = head(**stated)
+    for findings in (check_head(one), compare_heads(one, head(**stated, location="i"))):
+        refusing = [finding for finding in findings if finding.level == "refuse"]
+        assert {finding.code for finding in refusing} == {"config_contradicts_weights"}
+        assert any(said in finding.message for finding in refusing)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stated"),
+    [
+        ({}, {"vocab_size": 8, "head_dim": 2}),
+        ({}, {"num_hidden_layers": None}),
+        ({"model.layers.1.mlp.down_proj.weight": (4, 6)}, {"num_nextn_predict_layers": 1}),  # GLM 4.5
+        ({"vision_tower.layers.5.mlp.down_proj.weight": (4, 6)}, {}),
+        (  # Llama 3.2 Vision
+            {"model.embed_tokens.weight": (16, 4)},
+            {"text_config": {"model_type": "mllama_text_model", "vocab_size": 8}},
+        ),
+        (  # the smallest OPT
+            {"model.embed_tokens.weight": (8, 2), "lm_head.weight": (8, 2)},
+            {"word_embed_proj_dim": 2},
+        ),
+    ],
+)
+def test_a_config_of_these_weights_is_taken(changes, stated):
+    assert check_head(head(model(changes=changes, eos_token_id=1, **stated))) == []
+
+
+def test_an_embedding_that_is_no_table_is_refused():
+    odd = {"model.embed_tokens.weight": (8,)}
+    findings = check_head(head(model(changes=odd, eos_token_id=1)))
+    assert [finding.code for finding in findings] == ["config_contradicts_weights"]
+
+
 def test_the_gravest_finding_gives_the_verdict():
     note, warn, refuse = (Finding(level, "code", "Words.") for level in ("note", "warn", "refuse"))
     assert verdict_of([]) == verdict_of([note]) == "ok"
@@ -172,6 +222,15 @@ def test_both_models_that_cannot_be_used_are_named(sources, tmp_path):
     first = examined(sources, tmp_path)
     assert [finding.code for finding in first.findings] == ["remote_code_refused", "damaged_checkpoint"]
     assert first.heads == {}
+
+
+def test_what_would_be_loaded_from_elsewhere_is_a_finding_of_each_model(sources, tmp_path):
+    (tmp_path / "base" / "adapter_config.json").write_text("{}")
+    (tmp_path / "instruct" / "tokenizer_config.json").write_text('{"vocab": "/etc/passwd"}')
+    first = examined(sources, tmp_path)
+    assert [finding.code for finding in first.findings] == ["adapter_beside_model", "foreign_file"]
+    assert "instruct/tokenizer_config.json has vocab '/etc/passwd'" in first.findings[1].message
+    assert "Take vocab out" in first.findings[1].remedy
 
 
 def test_what_settling_refuses_is_a_finding_and_an_away_hub_is_not(sources, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def test_a_frozen_worker_loses_its_child_its_job_and_its_place(own: Ready):
     (child,) = processes(own, "worker.steps.train")
     (worker,) = processes(own, "worker --queue jobs")
 
-    worker.suspend()
+    freeze_outside_of_writing(own, worker)
 
     # The kernel's alarm ends the child at the lease's end, although nobody told it anything any more. Then `serve` ends
     # the worker and starts another one.
@@ -93,6 +94,21 @@ def test_a_frozen_worker_loses_its_child_its_job_and_its_place(own: Ready):
     assert not alive or child.status() == psutil.STATUS_ZOMBIE
     follow(own, job.id, lambda found: found.attempt == 2 and found.phase == "training")
     assert not worker.is_running()
+
+
+def freeze_outside_of_writing(ready: Ready, worker: psutil.Process) -> None:
+    """A process that is stopped in the middle of a write keeps SQLite's lock, without which nobody can take its job."""
+    while True:
+        worker.suspend()
+        database = sqlite3.connect(ready.data_dir / "shadowft.db", timeout=1, isolation_level=None)
+        try:
+            database.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            worker.resume()
+        else:
+            return
+        finally:
+            database.close()
 
 
 @pytest.mark.slow

@@ -62,6 +62,22 @@ def test_models_and_migrations_do_not_differ(database):
         assert compare_metadata(context, Base.metadata) == []
 
 
+def test_pairs_whose_names_differed_in_capitals_alone_stay_apart(database):
+    migrate(database, "0006_uploads")
+    names = {"pair-01": "acme", "pair-0200000000": "Acme", "pair-03": "other", "pair-0400000001": "ACME"}
+    now = "2026-01-01 00:00:00.000000"
+    row = "INSERT INTO pair (id, name, base, instruct, created_at) VALUES (:id, :name, '{}', '{}', :now)"
+    with database.engine.execution_options(shadowft_writing=True).begin() as connection:
+        for pair_id, name in names.items():
+            connection.execute(text(row), {"id": pair_id, "name": name, "now": now})
+    migrate(database)
+    with database.engine.connect() as connection:
+        kept = connection.execute(text("SELECT name, folded_name FROM pair ORDER BY id")).all()
+    assert kept == [
+        ("acme", "acme"), ("Acme-00000000", "acme-00000000"), ("other", "other"), ("ACME-00000001", "acme-00000001"),
+    ]  # fmt: skip
+
+
 def test_constraints_are_named_alike_on_both_sides(database):
     """A later migration can only drop what it can name."""
     migrate(database)

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from tests.worker.steps.tiny import CHATML, make_model, make_tokenizer, save_model
 
+#: Ends an answer with a letter that not every tokenizer has.
+TICKED = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '✓' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 EMBEDDING = "model.embed_tokens.weight"
 KEY = "model.layers.0.self_attn.k_proj.weight"
 
@@ -122,6 +131,55 @@ def code_in_the_folder(pair: Folders) -> None:
 @case("refuse", "remote_code_refused")
 def code_of_the_tokenizer(pair: Folders) -> None:
     configure(pair.instruct, "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
+
+
+@case("refuse", "foreign_file")
+def a_vocabulary_from_elsewhere(pair: Folders) -> None:
+    configure(pair.instruct, "tokenizer_config.json", vocab="/etc/passwd")
+
+
+@case("refuse", "foreign_file")
+def other_weights_than_those_that_are_checked(pair: Folders) -> None:
+    configure(pair.base, transformers_weights="other.safetensors")
+
+
+@case("refuse", "adapter_beside_model")
+def an_adapter_beside_the_weights(pair: Folders) -> None:
+    (pair.base / "adapter_config.json").write_text("{}")
+
+
+@case("refuse", "config_contradicts_weights")
+def a_layer_that_is_not_stored(pair: Folders) -> None:
+    for folder in pair:
+        configure(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3)
+
+
+@case("refuse", "config_contradicts_weights")
+def an_embedding_that_is_no_table(pair: Folders) -> None:
+    for folder in pair:
+        rewrite(folder, lambda tensors: tensors.update({EMBEDDING: torch.randn(259)}))
+
+
+@case("refuse", "config_contradicts_weights")
+def weights_without_a_number(pair: Folders) -> None:
+    for folder in pair:
+        rewrite(folder, lambda tensors: tensors.update({name: one[:0].clone() for name, one in tensors.items()}))
+
+
+@case("refuse", "no_padding")
+def a_tokenizer_with_neither_eos_nor_pad(pair: Folders) -> None:
+    configure(pair.instruct, "tokenizer_config.json", eos_token=None, pad_token=None)
+
+
+@case("warn", "turn_without_end")
+def a_turn_that_ends_in_what_nobody_knows(pair: Folders) -> None:
+    letters = {letter: position for position, letter in enumerate(sorted(set(string.printable)))}
+    for folder, template in ((pair.base, None), (pair.instruct, TICKED)):
+        give_tokenizer(folder)
+        tokenizer = Tokenizer(BPE(vocab=letters, merges=[]))
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, eos_token="~", pad_token="^", chat_template=template
+        ).save_pretrained(folder)
 
 
 @case("refuse", "other_tokens", "other_ids")

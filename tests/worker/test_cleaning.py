@@ -7,14 +7,15 @@ import threading
 import time
 
 import pytest
+from sqlalchemy import select
 
-from core import files, jobs, uploads
+from core import files, jobs, pair_checks, uploads
 from core.db import db_now
 from core.ids import new_id
-from core.models import File, Upload, UploadPart, Worker
+from core.models import File, PairCheck, Upload, UploadPart, Worker
 from core.storage import LocalStorage
 from tests.core.test_jobs import act, make_job, make_team
-from worker.cleaning import remove_expired, remove_strays
+from worker.cleaning import forget_pair_checks, remove_expired, remove_strays
 from worker.pipeline import Context
 from worker.sweep import Sweeper
 
@@ -140,10 +141,44 @@ def test_a_jobs_artifacts_are_no_strays(context):
     assert stored(context) == ["w"]
 
 
-def test_every_workers_sweep_does_it(context, store):
+def check_pair(context, team_id, status="completed", **fields):
+    pair_check = PairCheck(
+        id=new_id("pchk_"), team_id=team_id, base={}, instruct={}, depth="full", status=status, findings=[], **fields
+    )
+    act(context.database, lambda session: session.add(pair_check))
+    return pair_check.id
+
+
+def pair_check_ids(context):
+    with context.database.reading() as session:
+        return set(session.scalars(select(PairCheck.id)))
+
+
+def test_ended_pair_checks_are_kept_for_thirty_days(context, team_id):
+    month = 30 * 24 * 3600
+    check_pair(context, team_id, finished_at=db_now(-month - 1))
+    check_pair(context, team_id, "failed", finished_at=db_now(-month - 1))
+    young = check_pair(context, team_id, finished_at=db_now(60 - month))
+    waiting = check_pair(context, team_id, "queued", created_at=db_now(-month - 1))
+    forget_pair_checks(context.database)
+    assert pair_check_ids(context) == {young, waiting}
+
+
+def test_of_a_team_the_newest_ended_pair_checks_are_kept(context, team_id, monkeypatch):
+    monkeypatch.setattr(pair_checks, "KEPT_OF_A_TEAM", 2)
+    waiting = check_pair(context, team_id, "running")
+    mine = sorted(check_pair(context, team_id, finished_at=db_now()) for _ in range(4))
+    other = check_pair(context, make_team(context.database, "red"), finished_at=db_now())
+    forget_pair_checks(context.database)
+    assert pair_check_ids(context) == {waiting, *mine[2:], other}
+
+
+def test_every_workers_sweep_does_it(context, store, team_id):
     store(expires_at=db_now(-1))
+    check_pair(context, team_id, finished_at=db_now(-(10**7)))
     put(context, "uploads/part_stray")
     make_old(context)
     row = {"host": "h", "pid": 1, "queue": "light", "device": "cpu", "lane_memory_bytes": 1, "version": "1"}
     Sweeper(context, lambda: Worker(id="worker-1", **row)).sweep()
     assert stored(context) == []
+    assert pair_check_ids(context) == set()

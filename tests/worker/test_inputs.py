@@ -87,6 +87,25 @@ def test_a_model_that_was_turned_out_of_the_roots_since_is_not_read(spec, storag
         fetch(spec, Workspace(tmp_path / "job"), storage=storage, settings=settings, check=lambda: None)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("adapter_config.json", "{}"),
+        ("tokenizer_config.json", '{"vocab": "/etc/passwd"}'),
+        ("config.json", '{"model_type": "qwen3", "transformers_weights": "other.safetensors"}'),
+    ],
+)
+def test_a_folder_that_has_come_to_lead_elsewhere_since_is_not_trained(
+    spec, storage, settings, tmp_path, file, content
+):
+    (Path(spec.pair.base.location) / file).write_text(content)
+    spec = spec.model_copy(update={"training": put(storage, "t", b"rows")})
+    workspace = Workspace(tmp_path / "job")
+    with pytest.raises(InvalidInput, match=file):
+        fetch(spec, workspace, storage=storage, settings=settings, check=lambda: None)
+    assert not workspace.base.exists()
+
+
 def test_a_file_that_was_deleted_meanwhile_is_named(spec, storage, settings, tmp_path):
     with pytest.raises(InvalidInput, match=r"rows\.jsonl") as caught:
         fetch(spec, Workspace(tmp_path / "job"), storage=storage, settings=settings, check=lambda: None)
@@ -146,6 +165,7 @@ CLIENT = """
     from core.errors import ShadowError
     from core.hub import pin
     from core.job_spec import ModelSource
+    from core.verdict import read_head
     from worker.model_cache import ModelCache
 
     cache = Path(sys.argv[1])
@@ -155,6 +175,8 @@ CLIENT = """
         try:
             if act == "pin":
                 answers.append(pin(source).revision)
+            elif act == "head":
+                answers.append(read_head(pin(source), cache).tokenizer_config)
             elif act == "headers":
                 answers.append(sorted(read_hub_checkpoint(repository, revision, cache_dir=cache).tensors))
             else:
@@ -203,7 +225,13 @@ WANTED = (
 UNWANTED = (
     *("pytorch_model.bin", "training_args.bin", "optimizer.pt", "modeling_x.py", "onnx/model.onnx", "README.md"),
     *("pytorch_model.bin.index.json", "tokenizer.model.pkl"),
-    *("consolidated.safetensors", "original/params.json", "adapter_model.safetensors", "adapter_config.json"),
+    *(
+        "other.safetensors",
+        "consolidated.safetensors",
+        "original/params.json",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    ),
 )
 
 
@@ -239,8 +267,18 @@ def test_a_revision_is_pinned_to_the_commit_that_it_means_now(hub):
 
 def test_headers_are_read_without_the_weights(hub):
     (make_model(hub) / "modeling_x.py").unlink()
-    (names,) = hub(["headers", "acme/one", "main"])
+    (hub.folder / "acme/one/tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    names, options = hub(["headers", "acme/one", "main"], ["head", "acme/one", "main"])
     assert names == ["model.layers.0.self_attn.q_proj.weight"]
+    assert options == {"eos_token": "</s>"}
+
+
+def test_files_that_are_not_the_models_own_are_refused_before_anything_is_fetched(hub):
+    (make_model(hub) / "modeling_x.py").unlink()
+    (hub.folder / "acme/one/special_tokens_map.json").write_text('{"tokenizer_file": "/etc/passwd"}')
+    (answer,) = hub(["head", "acme/one", "main"])
+    assert (answer["code"], answer["fault"]) == ("foreign_file", "user")
+    assert "acme/one/special_tokens_map.json has tokenizer_file '/etc/passwd'" in answer["message"]
 
 
 def test_a_model_that_brings_code_is_refused(hub):

@@ -24,6 +24,7 @@ from tests import fake_hub
 from tests.core.test_jobs import make_spec
 from tests.core.test_pairs import write_model
 from tests.servers import free_port, wait_until
+from worker.cache_room import Wanted, fetching, make_room
 from worker.inputs import holding_models
 from worker.model_cache import ModelCache
 
@@ -123,6 +124,21 @@ def test_the_small_files_come_without_the_weights_and_are_not_fetched_again_with
     assert len(fetched) == len(set(fetched)) == 3
 
 
+def test_of_the_weights_only_what_the_index_names_is_fetched(hub, cache):
+    make_model(hub)
+    folder = hub / "acme/one"
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"model.layers.0.self_attn.q_proj.weight": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for stray in ("model-00002-of-00002.safetensors", "other.safetensors", "tokenizer.model.safetensors"):
+        (folder / stray).write_bytes(b"stray")
+    fetched = fetch(cache, pinned(hub))
+    assert sorted(path.name for path in fetched.iterdir()) == [
+        *("config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json"),
+    ]
+    assert len(served(hub)) == 1
+
+
 @pytest.mark.slow
 def test_a_commit_with_the_same_weights_fetches_only_what_it_changed(hub, cache):
     fetch(cache, make_model(hub))
@@ -165,6 +181,7 @@ def test_trouble_that_passes_is_borne(hub, cache, trouble):
         ({"status": 429}, Unavailable, "hub_unavailable", "429"),
         ({"status": 429, "retry_after": 3600}, Unavailable, "hub_unavailable", "wait for 3600 s"),
         pytest.param({"status": 503}, Unavailable, "hub_unavailable", "503", marks=pytest.mark.slow),
+        ({"says": "<html>"}, Unavailable, "hub_unavailable", "not a Hub's"),
         ({"cut": 1}, Unavailable, "hub_unavailable", "cannot be reached"),
         ({"hang": True}, Unavailable, "hub_unavailable", "cannot be reached"),
         pytest.param({"silent": True}, Unavailable, "hub_unavailable", "cannot be reached", marks=pytest.mark.slow),
@@ -442,6 +459,19 @@ def test_the_model_that_was_unused_longest_makes_room(cache, three):
     assert size(cache) <= limited.limit_bytes
     assert not mark_file(cache.root, "acme/one", sources[0].revision).exists()
     assert not any(blobs(cache).iterdir())
+
+
+def test_a_use_is_remembered_of_a_model_whose_small_files_alone_are_there(cache, three):
+    sources, new, _ = three
+    one = sources[0]
+    mark = mark_file(cache.root, one.location, one.revision)
+    mark.rename(mark_file(cache.root, one.location, one.revision, small=True))
+    with cache.hold(one):
+        pass
+    wanted = Wanted(new.location, new.revision, frozenset(), total_bytes=LARGE, missing_bytes=LARGE)
+    with fetching(cache.root, new.location) as lock:
+        removed = make_room(cache.root, wanted, lock, limit_bytes=size(cache) + 1000, reserve_bytes=0)
+    assert removed == [f"acme/two@{sources[1].revision}"]
 
 
 @pytest.mark.slow

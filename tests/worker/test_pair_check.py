@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
+import shutil
 import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import psutil
 import pytest
 from sqlalchemy import delete, select, update
 
 from core.db import db_now
+from core.hub import snapshot_folder
 from core.ids import new_id
 from core.job_spec import ModelSource
-from core.models import PairCheck, Worker
+from core.models import Job, PairCheck, Worker
 from core.storage import LocalStorage
 from core.verdict import FirstStage, examine, verdict_of
 from tests.core.test_jobs import act, events, make_team, read
+from tests.servers import wait_until
 from tests.worker.broken_pairs import CASES, copied, give_tokenizer, make_pair, write_template
 from tests.worker.test_admission import make_file, submit  # noqa: F401 - fixtures
+from tests.worker.test_model_cache import pinned, put
 from worker import pair_check
 from worker.admission import admit_waiting
+from worker.model_cache import ModelCache
 from worker.pair_check import check_next, fingerprint_of
 from worker.pair_inspection import Asked, look_at_texts, look_at_weights
 from worker.pipeline import Context
@@ -202,6 +209,13 @@ def test_weights_that_have_come_meanwhile_are_measured(context, database, ask, k
     assert codes(check_of(database, check_id)) == ["similarity"]
 
 
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_a_refusal_is_kept_for_admissions_and_looked_at_anew_by_a_check(at_hand):
+    known = PairCheck(findings=[{**NOT_HERE, "level": "refuse", "code": "not_finite"}], similarity=None)
+    assert pair_check._is_enough(known, at_hand=at_hand, insist=False)
+    assert not pair_check._is_enough(known, at_hand=at_hand, insist=True)
+
+
 @on_sqlite
 def test_a_template_without_an_end_is_a_finding(context, database, ask, pair, monkeypatch):
     monkeypatch.setattr(pair_check, "TEXTS_CPU_SECONDS", 2)
@@ -210,6 +224,139 @@ def test_a_template_without_an_end_is_a_finding(context, database, ask, pair, mo
     check_next(context)
     row = check_of(database, check_id)
     assert (row.status, codes(row)) == ("completed", ["endless_tokenizer"])
+
+
+@on_sqlite
+def test_a_check_that_asks_for_the_distance_is_not_put_off_with_one_that_had_no_time_for_it(
+    context, database, ask, known, settings, monkeypatch
+):
+    """As an admission leaves it."""
+    monkeypatch.setattr(sys, "executable", "/nowhere")  # to look again would take a child
+    settings.max_infra_retries = 0
+    known(findings=[{**NOT_HERE, "code": "similarity_not_measured"}])
+    check_id = ask()
+    check_next(context)
+    row = check_of(database, check_id)
+    assert (row.status, row.error["code"]) == ("failed", "pair_check_crashed")
+
+
+@on_sqlite
+def test_an_admission_is_content_with_what_an_earlier_one_had_no_time_for(
+    context, database, submit_fresh, known, monkeypatch
+):
+    monkeypatch.setattr(sys, "executable", "/nowhere")
+    job_id = submit_fresh()
+    known(findings=[{**NOT_HERE, "code": "similarity_not_measured"}])
+    assert admit_waiting(context) == 1
+    assert read(database, job_id).status == "queued"
+
+
+@on_sqlite
+def test_what_nobody_foresaw_is_tried_again_and_then_told(context, database, ask, settings, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere")
+    settings.max_infra_retries = 1
+    check_id = ask()
+    assert check_next(context)
+    assert (check_of(database, check_id).status, check_of(database, check_id).error) == ("running", None)
+    act(database, expire(check_id))
+    assert check_next(context)
+    row = check_of(database, check_id)
+    assert (row.status, row.error["code"], row.error["retryable"]) == ("failed", "pair_check_crashed", True)
+    assert "/nowhere" in row.error["message"]
+
+
+# --- held while it is read --------------------------------------------------------------------------------------------
+
+
+class Watched(threading.Event):
+    """Says `stop` to a worker that comes to look after further reading, and notes who held the models then."""
+
+    def __init__(self, sources, cache) -> None:
+        super().__init__()
+        self.sources, self.cache = sources, cache
+        self.reading = True
+        self.held = []
+
+    def is_set(self):
+        if self.reading:
+            return False
+        self.held.append(are_held(self.sources, self.cache))
+        return True
+
+
+def are_held(sources, cache):
+    """Whether somebody uses each of the snapshots, so that nobody may remove it."""
+    locks = [
+        cache / ".shadowft" / f"models--{one.location.replace('/', '--')}" / f"{one.revision}.lock" for one in sources
+    ]
+    return [lock.exists() and not can_be_taken(lock) for lock in locks]
+
+
+def can_be_taken(lock):
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+@pytest.fixture
+def in_cache(pair, tmp_path, settings):
+    """The pair as snapshots in the models' cache. Who reads the instruct model's small files waits at one of them."""
+    cache = ModelCache(settings.model_cache_dir)
+    sources = []
+    for folder in pair:
+        location = f"acme/{folder.name}"
+        shutil.copytree(folder, tmp_path / "hub" / location)
+        sources.append(pinned(tmp_path / "hub", location))
+        put(cache, tmp_path / "hub", sources[-1])
+    os.mkfifo(snapshot_folder(cache.root, "acme/instruct", sources[-1].revision) / "special_tokens_map.json")
+    return sources
+
+
+def let_read(sources, cache):
+    """Wait until a reader stands at the pipe, take it away, and let the reader go on; what was held then."""
+    pipe = snapshot_folder(cache, sources[-1].location, sources[-1].revision) / "special_tokens_map.json"
+    writer = []
+
+    def come():
+        with suppress(OSError):  # there is no reader yet
+            writer.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        return bool(writer)
+
+    wait_until(come, seconds=30)
+    held = are_held(sources, cache)
+    pipe.unlink()
+    os.write(writer[0], b"{}")
+    os.close(writer[0])
+    return held
+
+
+@on_sqlite
+@pytest.mark.parametrize("act_of", ["check", "admission"])
+def test_models_are_held_from_before_they_are_read_to_the_end(
+    context, database, ask, submit_fresh, settings, in_cache, act_of
+):
+    base, instruct = (source.model_dump() for source in in_cache)
+    context = replace(context, draining=Watched(in_cache, settings.model_cache_dir))
+    if act_of == "check":
+        ask()
+        act(database, lambda session: session.execute(update(PairCheck).values(base=base, instruct=instruct)))
+        begin = check_next
+    else:
+        job = read(database, submit_fresh())
+        request = {**job.request, "pair": {"name": "tiny", "base": base, "instruct": instruct}}
+        act(database, lambda session: session.execute(update(Job).values(request=request)))
+        begin = admit_waiting
+    thread = threading.Thread(target=begin, args=(context,))
+    thread.start()
+    held = let_read(in_cache, settings.model_cache_dir)
+    context.draining.reading = False
+    thread.join()
+    assert held == [True, True]
+    assert context.draining.held == [[True, True]]
+    assert are_held(in_cache, settings.model_cache_dir) == [False, False]
 
 
 # --- leases -----------------------------------------------------------------------------------------------------------

@@ -23,13 +23,14 @@ from core.graft_plan import GraftPlan, Selection, listed, plan_graft, plan_saved
 from worker.weights import kernels, tensors
 from worker.weights.arithmetic import Change
 from worker.weights.kernels import Array
+from worker.weights.signatures import ROWS
 from worker.weights.special_rows import StartRows, read_start_rows, require_fitting_rows, row_numbers
 from worker.weights.tensors import F32, Reader, Scratch, Slot, widened
 
 Kind = Literal["full", "lora", "delta"]
 
-#: Tensors whose factors are kept in memory: blocks of a few tensors are at work at once.
-_FACTORS_HELD = 4
+#: Tensors whose factors are kept in memory: blocks of a few tensors are at work at once, two in each shard.
+_FACTORS_HELD = 8
 
 
 class TensorChange(Protocol):
@@ -477,4 +478,4 @@ class Product:
 def _rows_at_once(columns: int) -> int:
     """As many as a chunk has, in the steps of the product."""
     rows = max(1, tensors.CHUNK_ELEMENTS // columns)
-    return rows if rows < kernels.ROWS else rows - rows % kernels.ROWS
+    return rows if rows < ROWS else rows - rows % ROWS

@@ -48,13 +48,18 @@ class HashedFile:
 
 @contextmanager
 def hashed_file(path: Path) -> Iterator[HashedFile]:
-    """A file that gets its name only when it is complete and on the disk. Its mode follows the umask."""
+    """A file that gets its name only when it is complete and on the disk; an error leaves nothing. Its mode follows
+    the umask."""
     part = path.with_name(f"{path.name}.part")
-    with part.open("wb") as raw:
-        yield HashedFile(raw)
-        raw.flush()
-        os.fsync(raw.fileno())
-    part.rename(path)
+    try:
+        with part.open("wb") as raw:
+            yield HashedFile(raw)
+            raw.flush()
+            os.fsync(raw.fileno())
+        part.rename(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def copy_file(source: Path, target: Path) -> FileRecord:

@@ -73,11 +73,18 @@ def measure_similarity(
     `on_progress` (bytes read, bytes in all) is called from one thread at a time. `deadline` is a moment of
     `time.monotonic`.
 
-    PairRefused: the two are not of one lineage. InvalidInput: a file is damaged, or a weight is not a finite number.
+    PairRefused: the two are not of one lineage. InvalidInput: a file is damaged, a weight is not a finite number, or
+    there is nothing to compare.
     OutOfTime: the deadline has passed.
     """
     left, right = read_checkpoint(instruct), read_checkpoint(base)
     pairs = _pairs(left, right)
+    if not pairs:
+        raise InvalidInput(
+            f"{instruct.name} and {base.name} have no weight in common that holds a number",
+            code="empty_weights",
+            hint="Copy or download the models again, whole.",
+        )
     readers = Reader(instruct), Reader(base)
     work = _Work(pairs, readers, on_progress, deadline)
     try:

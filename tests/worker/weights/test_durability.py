@@ -30,9 +30,10 @@ from tests.worker.weights.children import (
 )
 from tests.worker.weights.families import Layout, Recipe, Sizes
 from tests.worker.weights.made_checkpoints import all_bytes, save_model
-from worker.weights import FullDelta, GraftResult, LoraDelta, graft, verify
+from worker.weights import FullDelta, GraftResult, LoraDelta, graft, verify, writing
 from worker.weights.graft import planned
 from worker.weights.save import WHOLE
+from worker.weights.writing import OnProgress
 
 SOURCES = {"base", "tuned", "instruct"}
 RECIPE = Recipe(sizes=Sizes(16, 24, 8, 64, layers=3), layouts=(Layout(2), Layout(), Layout(5)))
@@ -61,17 +62,47 @@ def names(folder: Path) -> set[str]:
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("hashes", [True, False])
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.9, 1.0])
-def test_a_killed_graft_goes_on_and_ends_in_the_same_bytes(pair, share):
-    run(pair)
+def test_a_killed_graft_goes_on_and_ends_in_the_same_bytes(pair, share, hashes):
+    run(pair, hashes=hashes)
     undisturbed = all_bytes(pair / "out")
     (pair / "out").rename(pair / "undisturbed")
-    assert run_child(graft_until_killed, share, options(pair)) == -signal.SIGKILL
+    assert run_child(graft_until_killed, share, options(pair, hashes=hashes)) == -signal.SIGKILL
     assert not (pair / "out").exists()
-    result = run(pair)
+    result = run(pair, hashes=hashes)
     assert all_bytes(pair / "out") == undisturbed
     assert share < 0.3 or 0 < result.resumed_shards <= 5
     assert names(pair) == SOURCES | {"out", "undisturbed"}
+
+
+def fail_at(share: float) -> OnProgress:
+    def watch(done: int, total: int) -> None:
+        if done >= share * total:
+            raise RuntimeError("enough")
+
+    return watch
+
+
+@pytest.mark.parametrize(("hashes", "kept"), [(True, 2), (False, 4)])
+def test_what_is_lost_is_the_shards_that_were_made_at_once(pair, monkeypatch, hashes, kept):
+    """Of five that are hashed two and then three, which end together; otherwise one after the other. No part stays."""
+    monkeypatch.setattr(writing, "BLOCK_BYTES", 256)
+    with pytest.raises(RuntimeError, match="enough"):
+        run(pair, hashes=hashes, threads=1, on_progress=fail_at(0.93))
+    assert not list(pair.rglob("*.part"))
+    seen: list[int] = []
+    assert run(pair, hashes=hashes, on_progress=lambda done, total: seen.append(done)).resumed_shards == kept
+    assert seen == sorted(seen)
+    run(pair, hashes=hashes, out=pair / "undisturbed")
+    assert all_bytes(pair / "out") == all_bytes(pair / "undisturbed")
+
+
+@pytest.mark.parametrize("count", range(20))
+def test_few_shards_are_hashed_at_once_and_none_alone_at_the_end(count):
+    groups = list(writing._groups(list(range(count))))
+    assert [shard for group in groups for shard in group] == list(range(count))
+    assert all(min(2, count) <= len(group) <= writing.AT_ONCE for group in groups)
 
 
 def test_a_graft_killed_at_any_moment_ends_in_the_same_bytes(pair):

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.worker.weights.families import Dtypes, Layout, Recipe, any_bits
-from worker.weights import FullDelta, SavedDelta, graft, kernels, measure_similarity, save_delta
+from tests.worker.weights.families import any_bits
+from worker.weights import kernels
 from worker.weights.tensors import BF16, F16, F32, Buffer, rounded, widened
-
-ROOT = Path(__file__).parents[3]
 
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
@@ -166,50 +158,25 @@ def test_squares_come_piece_by_piece_to_the_same_bits(by_row):
     assert whole == pytest.approx(np.square(values.astype(np.float64)).sum(1 if by_row else 0))
 
 
-# --- machine code -----------------------------------------------------------------------------------------------------
-
-USE = """
-import numpy as np
-from worker.weights import kernels
-change, decrement = np.ones(3, np.float32), np.empty(3, np.float32)
-kernels.scaled(change, 2.0, decrement)
-print(decrement.tolist(), sum(kernels.scaled.stats.cache_hits.values()))
-"""
+# --- what they refuse ------------------------------------------------------------------------------------------------
 
 
-def use(**environment: str) -> str:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-c", USE], env=env, capture_output=True, text=True, check=True).stdout
-
-
-def test_machine_code_is_kept_for_the_next_process(tmp_path):
-    assert use(NUMBA_CACHE_DIR=str(tmp_path)) == "[2.0, 2.0, 2.0] 0\n"
-    assert use(NUMBA_CACHE_DIR=str(tmp_path)) == "[2.0, 2.0, 2.0] 1\n"
-
-
-def test_where_nothing_can_be_kept_every_process_compiles_for_itself():
-    """As on a read-only disk. The one kind of place that is left here is for modules in an archive."""
-    assert use(NUMBA_CACHE_LOCATOR_CLASSES="ZipCacheLocator").startswith("[2.0, 2.0, 2.0]")
-
-
-def signatures() -> dict[str, set[object]]:
-    return {name: set(kernel.signatures) for name, kernel in vars(kernels).items() if hasattr(kernel, "signatures")}
-
-
-def test_a_graft_of_any_dtypes_finds_its_kernels_compiled(tmp_path):
-    """Files in which elements lie at odd places, and whole numbers as scale, among them."""
-    kernels.compile_all()
-    before = signatures()
-    for number, three in enumerate(itertools.product((torch.bfloat16, torch.float16, torch.float32), repeat=3)):
-        recipe = Recipe(dtypes=Dtypes(*three), layouts=(Layout(), Layout(), Layout(misaligned=bool(number % 2))))
-        recipe.write(folder := tmp_path / str(number))
-        delta = FullDelta(folder / "base", folder / "tuned")
-        graft(instruct=folder / "instruct", delta=delta, out=folder / "out", scale=1 + number % 2)
-        save_delta(base=folder / "base", tuned=folder / "tuned", out=folder / "delta")
-        graft(instruct=folder / "instruct", delta=SavedDelta(folder / "delta"), out=folder / "later", scale=1)
-        measure_similarity(folder / "base", folder / "instruct")
-    assert signatures() == before
-    assert {"difference", "scaled", "figures"} <= {name for name, found in before.items() if found}
+def test_arrays_that_the_loops_would_run_beyond_are_refused():
+    three, four = np.ones(3, np.float32), np.ones(4, np.float32)
+    with pytest.raises(ValueError, match="3, 4"):
+        kernels.scaled(three, 1.0, four)
+    with pytest.raises(TypeError, match="contiguous"):
+        kernels.scaled(np.ones(6, np.float32)[::2], 1.0, three)
+    with pytest.raises(TypeError, match="writable"):
+        kernels.scaled(three, 1.0, np.frombuffer(bytes(12), np.float32))
+    with pytest.raises(TypeError, match="float64"):
+        kernels.scaled(np.ones(3), 1.0, three)
+    with pytest.raises(TypeError, match="uint16"):
+        kernels.scaled(three, 1.0, np.ones(3, np.uint16))
+    with pytest.raises(ValueError, match="rows"):
+        kernels.product(*kernels.pack(np.ones((5, 2)), np.ones((2, 3))), 1.0, 1.0, 1, np.ones((5, 3), np.float32))
+    with pytest.raises(ValueError, match="sums"):
+        kernels.add_squares(np.ones((2, 3), np.float32), True, np.zeros(3))
 
 
 def test_views_of_a_buffer_are_few():

@@ -123,6 +123,14 @@ def test_what_is_computed_at_once_changes_nothing_but_the_last_place(tmp_path, m
 # --- its ends ---------------------------------------------------------------------------------------------------------
 
 
+def test_models_without_a_number_are_refused(tmp_path):
+    for name in ("base", "instruct"):
+        save_model(tmp_path / name, {name: values[:0].clone() for name, values in cast(draw(0)).items()})
+    with pytest.raises(InvalidInput, match="no weight in common") as caught:
+        measure(tmp_path)
+    assert caught.value.code == "empty_weights"
+
+
 def test_a_model_lies_at_zero_from_itself_and_at_one_from_its_negative(tmp_path):
     base = cast(draw(0))
     save_model(tmp_path / "base", base)
