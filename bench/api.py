@@ -25,7 +25,6 @@ import hashlib
 import http.client
 import json
 import os
-import socket
 import sqlite3
 import statistics
 import subprocess
@@ -39,12 +38,12 @@ from shutil import rmtree
 from typing import Any
 
 import psutil
+from yardsticks.servers import free_port, server_process
 from yardsticks.setting import BUILD, PROGRAMS, ROOT
 
 CLIENTS = 8
 MANY_CLIENTS = 200
 STARTS = 5
-START_SECONDS = 60.0
 IMPORTS = [sys.executable, "-c", "import fastapi, sqlalchemy"]
 STATUS = "/v1/fine_tuning/jobs"
 
@@ -79,36 +78,12 @@ class Server:
         return {name: round(int(status.partition(f"Vm{name}:")[2].split()[0]) / 1024) for name in ("RSS", "HWM")}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextmanager
 def running(command: list[Any], port: int, key: str, folder: Path) -> Iterator[Server]:
     """The server, once it answers."""
-    ours = {"SHADOWFT_DATA_DIR": str(folder), "SHADOWFT_PORT": str(port), "PYTHONPATH": str(ROOT)}
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, *command], env=os.environ | ours, cwd=folder, stderr=log)
-        try:
-            _wait_for(port, process)
-            yield Server(process, port, key)
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.005)
-    raise SystemExit("The server did not start.")
+    env = {"SHADOWFT_DATA_DIR": str(folder), "SHADOWFT_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    with (folder / "log").open("wb") as log, server_process(command, port, env, folder, stderr=log) as process:
+        yield Server(process, port, key)
 
 
 def our_api(folder: Path) -> Any:

@@ -3,8 +3,8 @@
 Prints one JSON line: medians of the wall times, the ratio of `cp`'s to ours (1 is as fast as `cp`) with its target and
 spread, what the server's process used of processor and memory, and the same for the file by parts of 64 MiB. Both sides
 end with a sync of the file; they take turns and are primed alike. `cp` makes no hash and ours does, and what a sha256
-costs depends on the processor alone (0.4 GB/s a core, or 1.3 with the instructions for it). So a third way runs along:
-`cp` with `sha256sum` beside it, which no upload that hashes can beat; its own ratio to `cp` is the highest there is.
+costs depends on the processor and the program (0.4 GB/s a core, or 1.3 with the instructions for it). So a third way
+runs along: `cp` with `sha256sum` beside it.
 
     python bench/upload.py
     python bench/upload.py --mebibytes 64 --pairs 1       # does the bench itself work?
@@ -16,10 +16,8 @@ import argparse
 import http.client
 import json
 import os
-import socket
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,13 +27,13 @@ from shutil import rmtree
 from typing import Any
 
 import psutil
+from yardsticks.servers import free_port, server_process
 from yardsticks.setting import BUILD, ROOT
 from yardsticks.timing import evict, prime
 
 TARGET = 0.4
 MEBIBYTE = 1 << 20
 PART_BYTES = 64 * MEBIBYTE
-START_SECONDS = 60.0
 BOUNDARY = "shadowft-bench"
 
 
@@ -111,29 +109,11 @@ def _answer(connection: http.client.HTTPConnection) -> dict[str, Any]:
 
 @contextmanager
 def serving(folder: Path, most_bytes: int) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ours = {"DATA_DIR": folder, "PORT": port, "MAX_FILE_BYTES": most_bytes, "LOG_LEVEL": "warning"}
-    env = os.environ | {f"SHADOWFT_{name}": str(value) for name, value in ours.items()} | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", "cli", "api"], env=env, cwd=folder)
-    try:
-        _wait_for(port, process)
+    env = {f"SHADOWFT_{name}": str(value) for name, value in ours.items()} | {"PYTHONPATH": str(ROOT)}
+    with server_process(["-m", "cli", "api"], port, env, folder) as process:
         yield Server(process, port, (folder / "admin.key").read_text().strip())
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise SystemExit("The server did not start.")
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------

@@ -79,11 +79,14 @@ def _guarded() -> Iterator[None]:
 
 
 def _is_passing(error: BaseException | None) -> bool:
-    """Whether anything in the chain may be otherwise at the next try, with the very same files."""
+    """Whether anything in the chain may be otherwise at the next try, with the very same files.
+
+    Want of memory is not: a check's is capped far above what honest files need, and a machine that has none kills.
+    """
     while error is not None:
         in_rust = _RUST_ERROR.search(str(error)) if type(error) is Exception else None
         number = error.errno if isinstance(error, OSError) else int(in_rust.group(1)) if in_rust else None
-        if isinstance(error, MemoryError) or number in PASSING_ERRORS:
+        if number in PASSING_ERRORS:
             return True
         error = error.__cause__ or error.__context__
     return False

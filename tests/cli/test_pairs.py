@@ -220,6 +220,7 @@ def test_a_pair_that_does_not_fit_is_refused_with_every_reason_and_remedy(servic
         assert " ".join(f"{reason['message']} {reason['remedy']}".split()) in said
 
 
+@pytest.mark.slow
 def test_two_models_are_checked_without_a_pair_of_theirs(service):
     models = ("--base", "Qwen/Qwen3-0.6B-Base", "--instruct", "Qwen/Qwen3-0.6B", "--base-revision", "main")
     done = service("check", *models, "--format", "json")

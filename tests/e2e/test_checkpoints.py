@@ -81,6 +81,7 @@ def test_the_last_checkpoint_is_the_published_model(long_job, tmp_path: Path):
     assert of_job["model/model.safetensors"] == of_graft["model/model.safetensors"]
 
 
+@pytest.mark.slow
 def test_an_estimate_knows_the_tokens_and_the_time_of_the_job_before_it(long_job):
     ready, _ = long_job
     body = {"model": "tiny", "training_file": ready.file_id, "shadow": {"tuning": TUNING}}

@@ -79,6 +79,7 @@ def test_a_job_whose_worker_was_killed_is_taken_up_again(own: Ready):
     follow(own, job.id, has_ended)
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_loses_its_child_its_job_and_its_place(own: Ready):
     """Wherever it was caught: it may hold SQLite's write lock, without which nobody else can take its job. One that
     wakes while another has its job is met in tests/faults/test_workers.py."""
@@ -146,6 +147,7 @@ def status_in_database(ready: Ready, job_id: str) -> tuple[str, int]:
     return found.status, found.lost_count
 
 
+@pytest.mark.slow
 def test_no_process_outlives_a_service_that_was_killed(own: Ready):
     start_training(own)
     family = psutil.Process(own.process.pid).children(recursive=True)

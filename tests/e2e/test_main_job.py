@@ -119,7 +119,8 @@ def direct_job(embedded: Ready):
     return embedded, follow(embedded, job.id, has_ended)
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("shadow", marks=pytest.mark.slow), "direct"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["shadow", "direct"])
 def test_full_tuning_works_both_ways(request: pytest.FixtureRequest, tiny: Tiny, strategy: str, tmp_path: Path):
     ready, job = request.getfixturevalue("full_job" if strategy == "shadow" else "direct_job")
 

@@ -201,6 +201,7 @@ def test_what_is_known_is_told_again_by_the_team_that_asks(context, database, as
     assert (codes(row), row.similarity) == (["similarity"], {"sigma_mean": 0.01})
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_weights_that_have_come_meanwhile_are_measured(context, database, ask, known):
     known(findings=[NOT_HERE])
@@ -216,6 +217,7 @@ def test_a_refusal_is_kept_for_admissions_and_looked_at_anew_by_a_check(at_hand)
     assert not pair_check._is_enough(known, at_hand=at_hand, insist=True)
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_a_template_without_an_end_is_a_finding(context, database, ask, pair, monkeypatch):
     monkeypatch.setattr(pair_check, "TEXTS_CPU_SECONDS", 2)
@@ -533,6 +535,7 @@ def test_what_a_child_refuses_never_reaches_the_queue(context, database, submit_
     assert job.error["hint"]
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_warnings_become_events_and_a_direct_job_has_none_of_bases(context, database, submit_fresh, pair):
     CASES["untrained_marks"].damage(pair)

@@ -75,7 +75,6 @@ def _file_options(models: Path) -> Iterator[str]:
     [
         OSError(errno.EIO, "Input/output error"),
         OSError(errno.EMFILE, "Too many open files"),
-        MemoryError(),
         Exception("Too many open files (os error 24)"),
     ],
     ids=str,

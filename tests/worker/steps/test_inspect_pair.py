@@ -58,11 +58,13 @@ def test_a_pair_is_looked_at_whole(inspect):
     assert 0 < result["similarity"]["sigma_ratio"] < 0.01
 
 
+@pytest.mark.slow
 def test_time_that_is_too_short_for_sigma_costs_nothing_else(inspect):
     status, result = inspect(similarity_seconds=0)
     assert (status, codes(result), result["similarity"]) == (0, ["similarity_not_measured"], None)
 
 
+@pytest.mark.slow
 def test_a_template_that_takes_all_memory_is_a_finding(inspect, pair):
     write_template(pair.instruct, "{{ 'a' * 99999999999 }}")
     status, result = inspect()
