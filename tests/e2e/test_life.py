@@ -81,8 +81,7 @@ def test_a_job_whose_worker_was_killed_is_taken_up_again(own: Ready):
 
 @pytest.mark.slow
 def test_a_frozen_worker_loses_its_child_its_job_and_its_place(own: Ready):
-    """Wherever it was caught: it may hold SQLite's write lock, without which nobody else can take its job. One that
-    wakes while another has its job is met in tests/faults/test_workers.py."""
+    """One that wakes while another has its job is met in tests/faults/test_workers.py."""
     job = start_training(own)
     (child,) = processes(own, "worker.steps.train")
     (worker,) = processes(own, "worker --queue jobs")
