@@ -87,7 +87,12 @@ def create_a_team(name: str) -> None:
 def limit_a_team(
     name: str,
     max_job_seconds: Annotated[
-        int, typer.Option(min=0, help="How long each of its jobs may run, all attempts together; 0 for no limit.")
+        int,
+        typer.Argument(
+            min=0,
+            metavar="SECONDS",
+            help="How long each of its jobs may run, all attempts together; 0 for no limit.",
+        ),
     ],
 ) -> None:
     """Limit how long a team's jobs may run. Counts for a running job from its next attempt on."""

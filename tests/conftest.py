@@ -117,21 +117,19 @@ def api(request: pytest.FixtureRequest, fresh_settings, tmp_path_factory: pytest
 
 @pytest.fixture(scope="session")
 def running_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Running]]:
-    """`running_service(env, fresh=False) -> (url, key, data_dir)`: the whole service, as a user starts it.
+    """`running_service(env) -> (url, key, data_dir)`: the whole service, as a user starts it, for many tests.
 
-    The same `env` gives the same service, unless it is to be `fresh`. `.process` is its supervisor.
+    The same `env` gives the same service. Its sweeps cost what they cost, so they come seldom. `.process` is its
+    supervisor. A test that hurts its service takes one of its own: `run_service`.
     """
     with ExitStack() as stack:
         known: dict[frozenset[tuple[str, str]], Running] = {}
 
-        def run(env: dict[str, str] | None = None, *, fresh: bool = False) -> Running:
-            env = env or {}
+        def run(env: dict[str, str] | None = None) -> Running:
+            env = {"SHADOWFT_SWEEP_SECONDS": "2", **(env or {})}
             place = frozenset(env.items())
-            if fresh or place not in known:
-                ran = stack.enter_context(run_service(env, tmp_path_factory.mktemp("service")))
-                if fresh:
-                    return ran
-                known[place] = ran
+            if place not in known:
+                known[place] = stack.enter_context(run_service(env, tmp_path_factory.mktemp("service")))
             return known[place]
 
         yield run

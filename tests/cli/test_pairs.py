@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests import fake_hub
-from tests.servers import free_port
+from tests.servers import free_port, run_service
 from tests.worker.steps.tiny import make_expert_model, make_model, save_model
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +170,9 @@ def test_a_check_is_of_one_thing(shadowft, arguments):
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 
+#: One service answers them all.
+together = pytest.mark.xdist_group("cli-pairs")
+
 FIT, UNFIT, AWAY = "qwen3-0.6b", "qwen3-1.7b", "qwen3-8b"
 
 
@@ -191,15 +194,21 @@ def hub(tmp_path_factory):
         yield url
 
 
+@pytest.fixture(scope="module")
+def served(hub, tmp_path_factory):
+    with run_service({"HF_ENDPOINT": hub}, tmp_path_factory.mktemp("service")) as ran:
+        yield ran
+
+
 @pytest.fixture
-def service(running_service, hub, shadowft, monkeypatch):
+def service(served, shadowft, monkeypatch):
     """`shadowft pairs …` as the admin of a whole service whose Hub that is."""
-    ran = running_service({"HF_ENDPOINT": hub})
-    monkeypatch.setenv("SHADOWFT_URL", ran.url)
-    monkeypatch.setenv("SHADOWFT_API_KEY", ran.key)
+    monkeypatch.setenv("SHADOWFT_URL", served.url)
+    monkeypatch.setenv("SHADOWFT_API_KEY", served.key)
     return shadowft
 
 
+@together
 def test_a_pair_that_fits_is_checked_to_the_end(service):
     done = service("check", FIT)
     assert (done.status, done.err) == (0, "")
@@ -207,6 +216,7 @@ def test_a_pair_that_fits_is_checked_to_the_end(service):
     assert "weights_not_here" in done.out, "a finding of the second stage"
 
 
+@together
 def test_a_pair_that_does_not_fit_is_refused_with_every_reason_and_remedy(service):
     done = service("check", UNFIT)
     assert done.status == 1
@@ -220,6 +230,7 @@ def test_a_pair_that_does_not_fit_is_refused_with_every_reason_and_remedy(servic
         assert " ".join(f"{reason['message']} {reason['remedy']}".split()) in said
 
 
+@together
 @pytest.mark.slow
 def test_two_models_are_checked_without_a_pair_of_theirs(service):
     models = ("--base", "Qwen/Qwen3-0.6B-Base", "--instruct", "Qwen/Qwen3-0.6B", "--base-revision", "main")
@@ -230,6 +241,7 @@ def test_two_models_are_checked_without_a_pair_of_theirs(service):
     assert len(found["base_revision"]) == 40
 
 
+@together
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -246,6 +258,7 @@ def test_what_could_not_be_checked_has_a_status_of_its_own(service, arguments, s
     assert said in done.err
 
 
+@together
 @pytest.mark.slow
 def test_all_pairs_are_checked_and_one_that_fails_stops_no_other(service):
     done = service("check", "--all", "--format", "json", "--timeout", "60")

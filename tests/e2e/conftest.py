@@ -52,10 +52,15 @@ class Ready(NamedTuple):
 
 @pytest.fixture(scope="session")
 def make_ready(running_service: Callable[..., Running], tiny: Tiny) -> Callable[..., Ready]:
-    def make(env: dict[str, str] | None = None, *, fresh: bool = False) -> Ready:
-        return prepare(running_service({"SHADOWFT_MODEL_ROOTS": str(tiny.folder), **(env or {})}, fresh=fresh), tiny)
+    def make(env: dict[str, str] | None = None) -> Ready:
+        return prepare(running_service({**roots(tiny), **(env or {})}), tiny)
 
     return make
+
+
+def roots(tiny: Tiny) -> dict[str, str]:
+    """The setting with which a service may read the tiny pair."""
+    return {"SHADOWFT_MODEL_ROOTS": str(tiny.folder)}
 
 
 def prepare(ran: Running, tiny: Tiny) -> Ready:

@@ -16,6 +16,8 @@ from core.db import Database
 from core.keys import create_key, create_team
 from tests.servers import missing
 
+pytestmark = pytest.mark.xdist_group("e2e-main")
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "conformance" / "script.py"
 OLD = ("1.109.1", "2.54.0")

@@ -12,8 +12,19 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.e2e.conftest import Ready, artifacts, command_line, follow, has_ended, messages, submit
-from tests.servers import wait_until
+from tests.e2e.conftest import (
+    Ready,
+    Tiny,
+    artifacts,
+    command_line,
+    follow,
+    has_ended,
+    messages,
+    prepare,
+    roots,
+    submit,
+)
+from tests.servers import run_service, wait_until
 
 pytestmark = pytest.mark.xdist_group("e2e-life")
 
@@ -23,11 +34,10 @@ TUNING = {"tuning": {"rank": 2, "learning_rate": 1e-4}}
 
 
 @pytest.fixture
-def own(make_ready) -> Iterator[Ready]:
+def own(tiny: Tiny, tmp_path: Path) -> Iterator[Ready]:
     """A service that this test may hurt."""
-    ready = make_ready(fresh=True)
-    yield ready
-    ready.process.terminate()
+    with run_service(roots(tiny), tmp_path / "data") as ran:
+        yield prepare(ran, tiny)
 
 
 def start_training(ready: Ready) -> Any:
@@ -123,7 +133,7 @@ def test_a_killed_child_fails_the_job_with_a_cause(own: Ready):
     assert ended.error.model_extra["fault"] == "memory"
 
 
-def test_a_stopped_service_puts_its_job_back_and_a_new_one_goes_on(running_service, own: Ready, tiny):
+def test_a_stopped_service_puts_its_job_back(own: Ready):
     job = start_training(own)
 
     own.process.send_signal(signal.SIGTERM)

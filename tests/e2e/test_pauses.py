@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Ready, artifacts, download, follow, has_ended, messages, prepare, submit
+from tests.e2e.conftest import Ready, artifacts, download, follow, has_ended, messages, prepare, roots, submit
 from tests.e2e.test_life import processes
 from tests.servers import run_service, wait_until
 
-pytestmark = pytest.mark.xdist_group("e2e-pauses")
+pytestmark = pytest.mark.xdist_group("e2e-main")
 
 #: Enough steps to be met in the middle.
 ROWS_AT_ONCE = {"n_epochs": 6, "batch_size": 2}
@@ -64,7 +64,7 @@ def test_a_paused_training_frees_its_worker_and_goes_on_to_the_same_result(embed
 
 @pytest.mark.slow
 def test_a_stopped_service_saves_the_training_and_its_next_start_goes_on(tiny, tmp_path):
-    env = {"SHADOWFT_MODEL_ROOTS": str(tiny.folder)}
+    env = roots(tiny)
     with run_service(env, tmp_path) as first:
         own = prepare(first, tiny)
         job = submit(own, SHADOW, hyperparameters=ROWS_AT_ONCE)
