@@ -17,7 +17,6 @@ refuses to start. This file imports the standard library alone: it runs before t
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import platform
@@ -79,7 +78,8 @@ def find_walls(device: str) -> Walls:
 def command(step: Sequence[str], *, walls: Walls, workspace: Path, folder: Path, device: str) -> list[str]:
     """The command line that runs `step` behind the walls. It writes in `folder` and below `workspace`/tmp alone."""
     scratch = workspace / "tmp"
-    kernels = _link_kernels(scratch / "kernels")
+    machine_code = scratch / "machine-code"
+    kept = _link_machine_code(machine_code)
     home = scratch / "home"
     home.mkdir(parents=True, exist_ok=True)
     return _wrapped(
@@ -87,11 +87,11 @@ def command(step: Sequence[str], *, walls: Walls, workspace: Path, folder: Path,
             command=step,
             walls=walls,
             parent=os.getpid(),
-            readable=[*_of_the_system(), str(workspace), *_linked(workspace / "inputs"), *kernels],
+            readable=[*_of_the_system(), str(workspace), *_linked(workspace / "inputs"), *kept],
             listed=[str(_CODE)],
             writable=[str(folder), str(scratch)],
             names_threads=device != "cpu",
-            environment={"HOME": str(home), "TMPDIR": str(scratch), "NUMBA_CACHE_DIR": str(scratch / "kernels")},
+            environment={"HOME": str(home), "TMPDIR": str(scratch), "NUMBA_CACHE_DIR": str(machine_code)},
         )
     )
 
@@ -139,18 +139,17 @@ def _links(folder: Path) -> Iterator[Path]:
         yield from (path for name in (*folders, *files) if (path := Path(place) / name).is_symlink())
 
 
-def _link_kernels(folder: Path) -> list[str]:
-    """Links to the machine code that is kept of the grafting kernels, for which numba wants a folder where it may
-    write; the folders they lead to. What a step adds is its own: no other job runs code that this one wrote."""
-    weights = Path(__file__).parent / "weights"
-    name = f"{weights.name}_{hashlib.sha1(str(weights).encode(), usedforsecurity=False).hexdigest()}"
+def _link_machine_code(folder: Path) -> list[str]:
+    """Links to the machine code that is kept of the grafting loops (worker/weights/machine_code.py); the folders they
+    lead to. What a step adds is its own: no other job runs code that this one wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
     given = os.environ.get("NUMBA_CACHE_DIR")
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    kept = [Path(given) / name] if given else [weights / "__pycache__", Path(cache) / "numba" / name]
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    for place in reversed(kept):  # the first one counts, as it does for numba
-        for file in (*place.glob("kernels.*.nbi"), *place.glob("kernels.*.nbc")):
-            link = folder / name / file.name
+    beside = Path(__file__).parent / "weights" / "__pycache__"
+    kept = [Path(given)] if given else [beside, Path(cache) / "shadowft"]
+    for place in reversed(kept):  # the first one counts, as it does where no walls stand
+        for file in place.glob("loops-*.o"):
+            link = folder / file.name
             link.unlink(missing_ok=True)
             link.symlink_to(file)
     return [str(place) for place in kept]
