@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +18,21 @@ from tests.servers import wait_until
 pytestmark = pytest.mark.xdist_group("e2e-main")
 
 
-def test_a_shadow_job_succeeds_on_embedded_parts_and_on_servers(ready: Ready):
+@pytest.fixture
+def job_on_servers(make_ready, outside_servers) -> tuple[Ready, Any]:
+    ready = make_ready(outside_servers)
     job = submit(ready, {"tuning": TUNING})
+    return ready, follow(ready, job.id, has_ended)
 
-    ended = follow(ready, job.id, has_ended)
+
+@pytest.mark.parametrize("kind", ["shadow_job", "job_on_servers"])
+def test_a_shadow_job_succeeds_on_embedded_parts_and_on_servers(request: pytest.FixtureRequest, kind: str):
+    ready, ended = request.getfixturevalue(kind)
 
     assert ended.status == "succeeded", ended.error
     assert ended.fine_tuned_model.startswith("ft:tiny:default::")
     assert ended.trained_tokens > 0
-    assert messages(ready, job.id)[-1] == "The job has successfully completed"
+    assert messages(ready, ended.id)[-1] == "The job has successfully completed"
     wait_until(lambda: not list((ready.data_dir / "work").iterdir()))  # tidied up just after
 
 
