@@ -133,6 +133,7 @@ def test_a_killed_child_fails_the_job_with_a_cause(own: Ready):
     assert ended.error.model_extra["fault"] == "memory"
 
 
+@pytest.mark.slow
 def test_a_stopped_service_puts_its_job_back(own: Ready):
     job = start_training(own)
 
