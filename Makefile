@@ -60,11 +60,12 @@ test-all: setup test-servers ## Run every test, the long ones too
 
 .PHONY: test-servers
 test-servers:
-	@command -v redis-server >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && exit 0; \
-	  install='apt-get install -y --no-install-recommends redis-server postgresql'; \
+	@command -v redis-server >/dev/null && command -v strace >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && \
+	  ls /usr/lib/*/faketime/libfaketime.so.1 >/dev/null 2>&1 && exit 0; \
+	  install='apt-get install -y --no-install-recommends redis-server postgresql strace libfaketime'; \
 	  if [ "$$(id -u)" = 0 ]; then sudo=; elif sudo -n true 2>/dev/null; then sudo='sudo -n'; \
-	  else echo "The tests start Redis and PostgreSQL of their own. Install them with: sudo $$install"; exit 1; fi; \
-	  echo "Installing redis-server and postgresql for the tests"; \
+	  else echo "The tests start Redis and PostgreSQL of their own, and make disks and clocks fail. Install what that takes with: sudo $$install"; exit 1; fi; \
+	  echo "Installing redis-server, postgresql, strace and libfaketime for the tests"; \
 	  $$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive $$install -qq >/dev/null
 
 .PHONY: check

@@ -3,23 +3,25 @@
 The yardstick is a bare Celery task on the same Redis in the same run: no database, nothing durable, a worker of one
 thread. Ours is the service's own worker, with a step that trains nothing. Prints JSON lines:
 
-    queue-start     from the commit of a queued job to the first line of its step, a process of its own, whose imports
-                    come after that line; beside it, from the sending of a bare task to its first line
+    queue-start     from the commit of a queued job to the first line of its step, a process of its own behind the walls
+                    that this machine offers, whose imports come after that line; on SQLite with the embedded broker and
+                    on PostgreSQL with Redis; beside it, from the sending of a bare task to its first line
     queue-claims    jobs that 8 threads claim and end in a second, two transactions on disk for each, and how many were
-                    claimed twice; beside it, the bare tasks that a worker does in a second, of which nothing is kept
-    queue-recovery  from the SIGKILL of a worker to the first line of the next attempt's step. A bare task whose worker
-                    is killed is lost where it was acknowledged early, which is Celery's default, and otherwise comes
-                    back after Redis's visibility timeout, an hour by default
+                    claimed twice; beside it, the bare tasks that a worker does in a second of those that wait for it,
+                    of which nothing is kept
+    queue-recovery  from the SIGKILL of a worker to the first line of the next attempt's step, with the intervals of a
+                    test and, once, with the defaults. A bare task whose worker is killed is lost where it was
+                    acknowledged early, which is Celery's default, and otherwise comes back after Redis's visibility
+                    timeout, an hour by default
 
     python bench/job_queue.py
-    python bench/job_queue.py --starts 3 --jobs 100 --recoveries 1    # does the bench itself work?
+    python bench/job_queue.py --starts 3 --jobs 100 --recoveries 1 --quick    # does the bench itself work?
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -41,6 +43,8 @@ from celery import Celery  # noqa: E402
 from sqlalchemy import select  # noqa: E402
 
 from core import jobs  # noqa: E402
+from core.celery_app import make_celery  # noqa: E402
+from core.config import Settings  # noqa: E402
 from core.db import Database  # noqa: E402
 from core.errors import Cause  # noqa: E402
 from core.models import Job, Team  # noqa: E402
@@ -51,8 +55,9 @@ from tests.servers import die_with_parent, wait_until  # noqa: E402
 CLAIMERS = 8
 OVER = Cause(code="over", message="It was a bench.")
 TASKS = 2000
-#: Of the recoveries; the defaults are 60, 10 and 15 s.
-INTERVALS = {"lease_seconds": "4", "beat_seconds": "0.4", "sweep_seconds": "0.5"}
+#: Of recoveries that are measured more than once.
+SHORT = {"lease_seconds": "4", "beat_seconds": "0.4", "sweep_seconds": "0.5"}
+DEFAULTS = {name: str(Settings.model_fields[name].default) for name in SHORT}
 
 BARE = """
 import sys, time
@@ -102,13 +107,16 @@ class Bare:
         return float(self.notes.read_text().splitlines()[-1]) - began
 
     def tasks_per_second(self, number: int) -> float:
-        for _ in range(number - 1):
-            self.send("nothing")
+        """Of tasks that were all sent before it may take the first."""
         known = len(self.notes.read_text().splitlines())
-        began = time.monotonic()
+        self.process.send_signal(signal.SIGSTOP)
+        for _ in range(number):
+            self.send("nothing")
         self.send("note", str(self.notes))
+        began = time.monotonic()
+        self.process.send_signal(signal.SIGCONT)
         wait_until(lambda: len(self.notes.read_text().splitlines()) > known, seconds=120, every=0.001)
-        return number / (float(self.notes.read_text().splitlines()[-1]) - began)
+        return (number + 1) / (float(self.notes.read_text().splitlines()[-1]) - began)
 
 
 # --- jobs without models ----------------------------------------------------------------------------------------------
@@ -129,17 +137,17 @@ def queue_jobs(database: Database, number: int, **labels: str) -> list[str]:
     return ids
 
 
-def start_seconds(service: Service, nudge: Callable[[str], None]) -> float:
+def start_seconds(service: Service, nudge: Callable[[], None]) -> float:
     """From the commit to the first line of the step."""
     (job_id,) = queue_jobs(service.database, 1, steps="1", seconds="0")
     began = time.monotonic()
-    nudge("work")
+    nudge()
     service.wait([job_id])
     return first_line(service, job_id, 1) - began
 
 
 def first_line(service: Service, job_id: str, attempt: int) -> float:
-    return float((service.data_dir / "starts" / f"{job_id}-{attempt}").read_text())
+    return float((service.data_dir / "toys" / "starts" / f"{job_id}-{attempt}").read_text())
 
 
 def claims(database: Database, number: int) -> dict[str, Any]:
@@ -176,7 +184,7 @@ def recovery_seconds(service: Service) -> float:
     killed = time.monotonic()
     service.parts["jobs"].kill()
     service.start("jobs")
-    wait_until(lambda: (service.data_dir / "starts" / f"{job_id}-2").exists(), seconds=60, every=0.01)
+    wait_until(lambda: (service.data_dir / "toys" / "starts" / f"{job_id}-2").exists(), seconds=150, every=0.01)
     took = first_line(service, job_id, 2) - killed
     with service.database.writing() as session:
         jobs.request_cancel(session, job_id)
@@ -205,6 +213,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--recoveries", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="without the recovery that takes a minute or more")
     asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="shadowft-bench-"))
     with ExitStack() as stack:
@@ -217,35 +226,44 @@ def main() -> None:
         bare = Bare(f"{redis.url_at(redis.port)[:-1]}1", folder)
         stack.callback(bare.process.kill)
         bare.start_seconds()
+        with run_faulty(folder / "files", sandbox="auto") as service:
+            bench_starts(service, "sqlite, embedded", bare, asked.starts)
         urls = {"database_url": postgres.url_at(postgres.port), "broker_url": redis.url_at(redis.port)}
-        with run_faulty(folder / "servers", **urls, **INTERVALS, sandbox="auto") as service:
-            bench_starts(service, bare, asked.starts)
-            bench_recovery(service, asked.recoveries)
+        with run_faulty(folder / "servers", **urls, **SHORT, sandbox="auto") as service:
+            bench_starts(service, "postgresql, redis", bare, asked.starts)
+            bench_recovery(service, asked.recoveries, SHORT)
+        if not asked.quick:
+            with run_faulty(folder / "defaults", **DEFAULTS, sandbox="auto") as service:
+                service.start("jobs")
+                bench_recovery(service, 1, DEFAULTS)
         bench_claims(folder, postgres, bare, asked.jobs)
 
 
-def bench_starts(service: Service, bare: Bare, number: int) -> None:
-    # The broker's app reads its settings when it is imported: as the API has it.
-    os.environ |= {name: value for name, value in service.env.items() if name.startswith("SHADOWFT_")}
-    from core.broker import nudge
+def nudger(service: Service) -> Callable[[], None]:
+    """As the API nudges, whose settings this process has not."""
+    app = make_celery(service.settings)
+    return lambda: app.send_task("work", queue="jobs", retry=False, ignore_result=True)
 
+
+def bench_starts(service: Service, place: str, bare: Bare, number: int) -> None:
+    nudge = nudger(service)
     service.start("jobs")
-    start_seconds(service, nudge)  # type: ignore[arg-type]
+    start_seconds(service, nudge)
     ours, theirs = [], []
     for _ in range(number):
-        ours.append(start_seconds(service, nudge))  # type: ignore[arg-type]
+        ours.append(start_seconds(service, nudge))
         theirs.append(bare.start_seconds())
     ratio = round(statistics.median(ours) / statistics.median(theirs), 1)
-    say("queue-start", starts=number, ours=told(ours), bare_celery_task=told(theirs), ratio=ratio)
+    say("queue-start", on=place, starts=number, ours=told(ours), bare_celery_task=told(theirs), ratio=ratio)
 
 
-def bench_recovery(service: Service, number: int) -> None:
+def bench_recovery(service: Service, number: int, settings: dict[str, str]) -> None:
     took = [recovery_seconds(service) for _ in range(number)]
     say(
         "queue-recovery",
         recoveries=number,
         seconds=[round(one, 2) for one in took],
-        settings={name: float(value) for name, value in INTERVALS.items()},
+        settings={name: float(value) for name, value in settings.items()},
         bare_celery_task="lost",
     )
 

@@ -5,7 +5,6 @@ Nobody waits for a nudge to be sent: a thread sends them, so that a broker that 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from typing import Literal
@@ -20,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 
 class Nudger:
-    """Sends nudges from a thread of its own. Those of one task that wait to be sent are one."""
+    """Hands on nudges from a thread of its own. Those of one task that wait for it are one."""
 
     def __init__(self, send: Callable[[TaskName], None]) -> None:
         self._send = send
@@ -32,8 +31,9 @@ class Nudger:
         with self._changed:
             self._waiting[task] = None
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="nudge", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="nudge", daemon=True)
+                thread.start()
+                self._thread = thread
             self._changed.notify()
 
     def _run(self) -> None:
@@ -42,19 +42,17 @@ class Nudger:
                 self._changed.wait_for(lambda: self._waiting)
                 task = next(iter(self._waiting))
                 del self._waiting[task]
-            self._send(task)
+            try:
+                self._send(task)
+            except Exception as error:  # noqa: BLE001 - a client of a broker raises what it likes, and the sweep goes on
+                log.warning("nudge_failed", task=task, error=type(error).__name__)
 
 
 def _send(task: TaskName) -> None:
     # Celery takes a while to import, and an API that has just started has nothing to tell.
     from core.celery_app import QUEUE_OF, celery
 
-    try:
-        celery.send_task(
-            task, queue=QUEUE_OF[task], retry=False, ignore_result=True, expires=3600, connection_timeout=2
-        )
-    except Exception as error:  # noqa: BLE001 - a client of a broker raises what it likes, and the sweep nudges again
-        log.warning("nudge_failed", task=task, error=type(error).__name__)
+    celery.send_task(task, queue=QUEUE_OF[task], retry=False, ignore_result=True, expires=3600, connection_timeout=2)
 
 
 _nudger = Nudger(_send)
@@ -65,17 +63,16 @@ def nudge(task: TaskName) -> None:
     _nudger.nudge(task)
 
 
-def is_reachable(settings: Settings) -> bool:
-    """Whether the broker answers within a second."""
-    url = settings.broker_url.get_secret_value()
-    if not url:
-        return os.access(settings.data_dir, os.W_OK)
-    import redis
+def takes_messages(settings: Settings) -> bool:
+    """Whether the broker takes a message, and lets it be removed, as it would for a nudge."""
+    from core.celery_app import connection_to
 
-    client = redis.Redis.from_url(url, socket_timeout=1, socket_connect_timeout=1)
     try:
-        return bool(client.ping())
-    except redis.RedisError:
+        with connection_to(settings) as connection:
+            channel = connection.ensure_connection(max_retries=1, interval_start=0).default_channel
+            channel.basic_publish(channel.prepare_message(""), "", "readiness")
+            channel.queue_purge("readiness")
+    except Exception as error:  # noqa: BLE001 - a client of a broker raises what it likes
+        log.warning("broker_away", error=type(error).__name__)
         return False
-    finally:
-        client.close()
+    return True

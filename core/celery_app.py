@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from celery import Celery
-from kombu import Exchange, Queue
+from kombu import Connection, Exchange, Queue
 from kombu.transport import TRANSPORT_ALIASES
 
 from core.config import Settings, get_settings
@@ -17,7 +17,7 @@ from core.config import Settings, get_settings
 #: The queue on which each task runs: hours of GPU time, or seconds of a CPU.
 QUEUE_OF = {"work": "jobs", "admit": "light", "check_file": "light", "check_pair": "light"}
 
-#: A nudge is given up after this long: the sweep will repeat it.
+#: A nudge is given up after this long: the sweep finds what it was about.
 NUDGE_TIMEOUT_SECONDS = 2.0
 
 TRANSPORT_ALIASES["embedded"] = "core.embedded_broker:Transport"
@@ -27,10 +27,12 @@ TRANSPORT_ALIASES["redis"] = TRANSPORT_ALIASES["rediss"] = "core.redis_broker:Tr
 def make_celery(settings: Settings) -> Celery:
     app = Celery("shadowft", set_as_current=True)
     app.conf.update(
-        broker_url=settings.broker_url.get_secret_value() or "embedded://localhost",
+        broker_url=_url(settings),
         broker_transport_options=_transport_options(settings),
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        # A Redis that answers, and refuses, is one that is away.
+        broker_channel_error_retry=True,
         broker_connection_timeout=NUDGE_TIMEOUT_SECONDS,
         result_backend=None,
         task_ignore_result=True,
@@ -46,6 +48,17 @@ def make_celery(settings: Settings) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
     )
     return app
+
+
+def connection_to(settings: Settings) -> Connection:
+    """A connection of its own to the broker, as Celery makes them."""
+    return Connection(
+        _url(settings), transport_options=_transport_options(settings), connect_timeout=NUDGE_TIMEOUT_SECONDS
+    )
+
+
+def _url(settings: Settings) -> str:
+    return settings.broker_url.get_secret_value() or "embedded://localhost"
 
 
 def _queue(name: str) -> Queue:

@@ -49,7 +49,8 @@ class Settings(BaseSettings):
     save_seconds: float = 600
     #: A training that is told to save its state and leave gets so long; then it is ended and the last saved one counts.
     save_grace_seconds: float = 120
-    #: A training that makes no step for so long, and for ten times as long as its steps usually take, is ended.
+    #: A training that makes no step for so long, and for ten times as long as its steps usually take, is ended;
+    #: a graft and an evaluation get four times as long.
     stall_seconds: float = 900
     #: A job whose worker died this often is not tried again.
     max_lost_workers: int = 3

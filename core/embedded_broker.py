@@ -8,22 +8,27 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty
 from typing import Any
 
-import structlog
 from kombu.transport import virtual
 
-#: While a job runs for days, every sweep nudges for those that wait. So many messages say "look" as well as more would.
-MAX_WAITING = 1000
+from core import messages
+from core.messages import NOT_A_MESSAGE, dropped, forgiving, refused
 
-log = structlog.get_logger(__name__)
+#: A message is written, or read, within this time; what is older is left of a process that died in between.
+UNFINISHED_SECONDS = 60.0
 
 
 class Channel(virtual.Channel):
     """Messages of the queue `q` lie in `folder/q/`, named so that they sort by age."""
+
+    def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **options: Any) -> Any:
+        return super().basic_consume(queue, no_ack, forgiving(callback), consumer_tag, **options)
 
     def _folder(self, queue: str) -> Path:
         folder: Path = Path(self.connection.client.transport_options["folder"]) / queue
@@ -35,17 +40,25 @@ class Channel(virtual.Channel):
         return [folder / name for name in sorted(os.listdir(folder)) if name.endswith(".msg")]
 
     def _put(self, queue: str, message: dict[str, Any], **_: Any) -> None:
-        if self._size(queue) >= MAX_WAITING:
+        if self._size(queue) >= messages.MAX_WAITING:
             return
         temporary = self._folder(queue) / f".{uuid.uuid4().hex}"
-        temporary.write_text(json.dumps(message))
-        temporary.rename(temporary.with_name(f"{uuid.uuid1().time:020d}-{os.getpid()}.msg"))
+        try:
+            temporary.write_text(json.dumps(message))
+            temporary.rename(temporary.with_name(f"{uuid.uuid1().time:020d}-{os.getpid()}.msg"))
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def _get(self, queue: str, timeout: float | None = None) -> dict[str, Any]:
-        for path in self._messages(queue):
-            message = _take(path)
-            if message is not None:
-                return message
+        try:
+            for path in self._messages(queue):
+                message = _take(path)
+                if message is not None:
+                    return message
+            _remove_unfinished(self._folder(queue))
+        except OSError as error:  # the folder is none, or may not be read
+            refused(error)
         raise Empty
 
     def _size(self, queue: str) -> int:
@@ -66,9 +79,17 @@ def _take(path: Path) -> dict[str, Any] | None:
         content = mine.read_bytes()
         mine.unlink()
         message = json.loads(content)
-    except (OSError, ValueError):
+    except (OSError, *NOT_A_MESSAGE):
         return None
     return message if isinstance(message, dict) and {"body", "properties"} <= message.keys() else None
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.glob(".*"):
+        with suppress(FileNotFoundError):  # it has been finished
+            # Its last change of name, not of content: a message that is being taken may have waited for long.
+            if time.time() - path.stat().st_ctime > UNFINISHED_SECONDS:
+                path.unlink()
 
 
 class Transport(virtual.Transport):
@@ -83,8 +104,8 @@ class Transport(virtual.Transport):
     def _deliver(self, message: dict[str, Any], queue: str) -> None:
         try:
             super()._deliver(message, queue)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:  # a part of it is missing
-            log.warning("message_dropped", error=type(error).__name__)
+        except NOT_A_MESSAGE as error:
+            dropped(error)
 
     def driver_version(self) -> str:
         return "1"

@@ -34,14 +34,21 @@ def model_fingerprint(source: ModelSource, checkpoint: Checkpoint) -> str:
         ) from error
 
 
-def _folder_fingerprint(folder: Path, checkpoint: Checkpoint) -> str:
+def content_sha256(folder: Path, checkpoint: Checkpoint) -> str:
+    """Of a folder's small files, and of its weight files' headers and sampled weights: a copy elsewhere has it, too."""
     small = (path for path in folder.iterdir() if is_small_file(path.name) and path.is_file())
     taken = hashlib.sha256()
     for path in sorted(small):
         taken.update(f"{path.name} {_sha256(path)}\n".encode())
     for file in sorted(checkpoint.files):
-        looks = f"{_state(folder / file)} {header_sha256(folder / file)} {sampled_sha256(folder / file)}"
-        taken.update(f"{file} {looks}\n".encode())
+        taken.update(f"{file} {header_sha256(folder / file)} {sampled_sha256(folder / file)}\n".encode())
+    return taken.hexdigest()
+
+
+def _folder_fingerprint(folder: Path, checkpoint: Checkpoint) -> str:
+    taken = hashlib.sha256(content_sha256(folder, checkpoint).encode())
+    for file in sorted(checkpoint.files):
+        taken.update(f"{_state(folder / file)}\n".encode())
     return taken.hexdigest()
 
 

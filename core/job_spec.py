@@ -134,6 +134,9 @@ class JobSpec(_Frozen):
     #: What a graft grafts; None for a job that learns it.
     delta: DeltaSource | None = None
     fine_tuned_model: str
+    #: Of a training's models that are folders of this machine, what they held when `job.json` was written: a path may
+    #: hold another model tomorrow. The job's row keeps none.
+    snapshots: tuple[str, ...] = ()
 
     @property
     def scope(self) -> Scope:
@@ -173,6 +176,7 @@ class JobSpec(_Frozen):
         parts = {
             "strategy": self.strategy,
             "models": [source.model_dump(mode="json") for source in (self.pair.base, self.pair.instruct)],
+            "snapshots": self.snapshots,
             "data": [source.sha256 if source else None for source in data],
             "holdout_ratio": self.holdout_ratio,
             "seed": self.seed,

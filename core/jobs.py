@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Update, and_, case, func, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session, aliased
 
 from core.db import db_now
@@ -267,12 +268,24 @@ def record(
     metrics: Sequence[dict[str, Any]] = (),
     events: Sequence[NewEvent] = (),
 ) -> Wish:
-    """Keep what a step said since the last write."""
+    """Keep what a step said since the last write.
+
+    In as many statements however much that is: the lease's beat waits for the job's row, which is held until the
+    commit, and a slow database may take seconds for each.
+    """
     changes: dict[str, Any] = {} if progress is None else {"progress": progress}
     wish = _write_fenced(session, claim, events=events, attempt=Job.attempt, **changes)
-    for data in metrics:
-        session.merge(Metric(job_id=claim.job_id, step=data["step"], data=data))
+    if metrics:
+        _keep_metrics(session, claim.job_id, metrics)
     return wish
+
+
+def _keep_metrics(session: Session, job_id: str, metrics: Sequence[dict[str, Any]]) -> None:
+    """Of one step the last one counts."""
+    rows = {data["step"]: {"job_id": job_id, "step": data["step"], "data": data} for data in metrics}
+    dialect = postgresql if session.get_bind().dialect.name == "postgresql" else sqlite
+    new = dialect.insert(Metric).values(list(rows.values()))
+    session.execute(new.on_conflict_do_update(index_elements=["job_id", "step"], set_={"data": new.excluded.data}))
 
 
 def succeed(session: Session, claim: Claim, outcome: Outcome) -> bool:
@@ -361,18 +374,31 @@ def budgets(session: Session, job_id: str) -> Budgets:
 
 def disk_wait_seconds(waited: int) -> float:
     """Doubled at each wait for room on a disk, to a quarter of an hour."""
-    return min(DISK_SECONDS * float(2**waited), MAX_DISK_SECONDS)
+    return min(DISK_SECONDS * 2.0 ** min(waited, 10), MAX_DISK_SECONDS)
 
 
 # --- saved states of a training -------------------------------------------------------------------------------------
 
 
 def add_point(session: Session, claim: Claim, point: ResumePoint) -> Wish:
-    """Record a state whose files are whole in storage; from here on the job may go on from it."""
+    """Record a state whose files are whole in storage; from here on the job may go on from it. Repeating it changes
+    nothing: a commit may have succeeded of which only the answer was lost.
+
+    A job that has come further than ever gets its budgets back: a week may hold more faults than an hour.
+    """
+    if session.get(ResumePoint, point.id) is not None:
+        return _write_fenced(session, claim, attempt=Job.attempt)
+    same = and_(ResumePoint.job_id == claim.job_id, ResumePoint.spec_sha256 == point.spec_sha256)
+    furthest = session.scalar(select(func.max(ResumePoint.step)).where(same))
+    given_back = dict.fromkeys(_GIVEN_BACK, 0) if furthest is None or point.step > furthest else {}
     said = NewEvent(f"Saved the training's state at step {point.step}")
-    wish = _write_fenced(session, claim, events=[said], disk_waits=0)
+    wish = _write_fenced(session, claim, events=[said], **given_back)
     session.add(point)
     return wish
+
+
+#: The budgets that a training gets anew as it gets on. Its want of memory stays what it was found to be.
+_GIVEN_BACK = ("lost_count", "infra_retries", "stall_count", "disk_waits")
 
 
 def ready_points(session: Session, job_id: str) -> Sequence[ResumePoint]:
@@ -382,20 +408,21 @@ def ready_points(session: Session, job_id: str) -> Sequence[ResumePoint]:
 
 
 def set_point_aside(session: Session, claim: Claim, point: ResumePoint, why: str) -> Wish:
-    """A point that did not agree with its manifest is not read again."""
+    """A point that nothing can go on from is not read again."""
     wish = _write_fenced(session, claim, events=[NewEvent(why, level="warn")], attempt=Job.attempt)
     session.execute(update(ResumePoint).where(ResumePoint.id == point.id).values(status="bad"))
     return wish
 
 
-def drop_old_points(session: Session, claim: Claim) -> list[str]:
-    """Forget what is older than the newest that are kept. What it returns is to be deleted from storage once that is
-    committed. To be called only after the newest one was read back from there."""
+def drop_old_points(session: Session, claim: Claim, stored: ResumePoint) -> list[str]:
+    """Forget what is older than the newest that are kept, and what fits another training than `stored` does. What it
+    returns is to be deleted from storage once that is committed. To be called only after `stored` was read back from
+    there."""
     _write_fenced(session, claim, attempt=Job.attempt)
     points = select(ResumePoint).where(ResumePoint.job_id == claim.job_id).order_by(*_NEWEST_FIRST)
     rows = session.scalars(points).all()
-    kept = [row.id for row in rows if row.status == "ready"][:KEPT_POINTS]
-    return _drop(session, [row for row in rows if row.id not in kept])
+    fitting = [row.id for row in rows if row.status == "ready" and row.spec_sha256 == stored.spec_sha256]
+    return _drop(session, [row for row in rows if row.id not in fitting[:KEPT_POINTS]])
 
 
 def drop_ended_points(session: Session) -> list[str]:
@@ -541,11 +568,18 @@ def _refused(job_id: str, job: Any, act: str, code: str) -> Conflict:
 # --- by the sweep ---------------------------------------------------------------------------------------------------
 
 
-def sweep(session: Session, *, max_lost_workers: int, stale_worker_seconds: float) -> Waiting:
-    """Take jobs from dead workers, forget workers that are long gone, and say what waits for a nudge."""
-    expired = and_(Job.status == "running", Job.lease_until <= db_now())
+def sweep(
+    session: Session, *, max_lost_workers: int, stale_worker_seconds: float, silent_lease_seconds: float
+) -> Waiting:
+    """Take jobs from dead workers, forget workers that are long gone, and say what waits for a nudge.
+
+    `silent_lease_seconds` is what is left of a lease whose worker has said nothing for a while. It may still work, and
+    nobody else may; but what is to be cancelled needs not wait, since a job that has ended takes no write.
+    """
+    silent = and_(Job.wish == "cancel", Job.lease_until <= db_now(silent_lease_seconds))
+    over = and_(Job.status == "running", or_(silent, Job.lease_until <= db_now()))
     # Held from here on: what another sweep holds is its to take, and a cancel comes before this or after.
-    found = select(Job.id, Job.attempt).where(expired).limit(SWEEP_LIMIT).with_for_update(skip_locked=True)
+    found = select(Job.id, Job.attempt).where(over).limit(SWEEP_LIMIT).with_for_update(skip_locked=True)
     rows = session.execute(found).all()
     lost = [row.id for row in rows if _take_back(session, row.id, row.attempt, max_lost_workers)]
     gone = select(Worker).where(Worker.beat_at <= db_now(-stale_worker_seconds)).with_for_update(skip_locked=True)
@@ -574,15 +608,19 @@ def pair_check_waits() -> ColumnElement[bool]:
 
 def _take_back(session: Session, job_id: str, attempt: int, max_lost_workers: int) -> bool:
     """End the lease of a worker that stopped beating."""
-    stale = and_(Job.attempt == attempt, Job.status == "running", Job.lease_until <= db_now())
-    if _end(session, job_id, and_(stale, Job.wish == "cancel"), "cancelled", None):
+    held = and_(Job.attempt == attempt, Job.status == "running")
+    if _end(session, job_id, and_(held, Job.wish == "cancel"), "cancelled", None):
         return True
-    if _end(session, job_id, and_(stale, Job.lost_count + 1 >= max_lost_workers), "failed", _poison(max_lost_workers)):
+    stale = and_(held, Job.lease_until <= db_now())
+    # One that was told to shut down, and was ended before it had given the job back, was lost through no job's fault.
+    draining = select(Worker.id).where(Worker.id == Job.worker_id, Worker.draining).correlate(Job).exists()
+    lost_count = Job.lost_count + case((draining, 0), else_=1)
+    if _end(session, job_id, and_(stale, lost_count >= max_lost_workers), "failed", _poison(max_lost_workers)):
         return True
     changed = session.execute(
         update(Job)
         .where(Job.id == job_id, stale)
-        .values(**_released(_QUEUED_OR_PAUSED), lost_count=Job.lost_count + 1)
+        .values(**_released(_QUEUED_OR_PAUSED), lost_count=lost_count)
         .returning(Job.status)
     ).first()
     if changed is None:

@@ -350,7 +350,7 @@ class ResumePoint(Base):
     bytes: Mapped[int] = mapped_column(BigInteger)
     #: `{step, spec, files: {name: {bytes, sha256}}}`, as the trainer wrote it.
     manifest: Mapped[dict[str, Any]] = mapped_column(JsonColumn)
-    #: `bad`: it was read and did not agree with its manifest.
+    #: `bad`: it did not agree with its manifest, belongs to another training, or the trainer refused it.
     status: Mapped[str] = mapped_column(String(8), default="ready")
     created_at: Mapped[datetime] = _created()
 

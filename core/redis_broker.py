@@ -1,25 +1,36 @@
-"""kombu's transport for Redis, but for what it does with a message that is none: it lets the reader die of it."""
+"""kombu's transport for Redis, but for what it does with a message that is none, and with a Redis that answers and
+refuses: it lets the reader die of them."""
 
 from __future__ import annotations
 
+from queue import Empty
 from typing import Any
 
-import structlog
 from kombu.transport import redis
+from redis.exceptions import ResponseError
 
-#: What reading a message raises that no Celery has written: no JSON, no dictionary, a part is missing.
-NOT_A_MESSAGE = (ValueError, KeyError, TypeError, AttributeError)
-
-log = structlog.get_logger(__name__)
+from core import messages
+from core.messages import NOT_A_MESSAGE, dropped, forgiving, refused
 
 
 class Channel(redis.Channel):
+    def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **options: Any) -> Any:
+        return super().basic_consume(queue, no_ack, forgiving(callback), consumer_tag, **options)
+
     def _brpop_read(self, **options: Any) -> Any:
         try:
             return super()._brpop_read(**options)
         except NOT_A_MESSAGE as error:
-            log.warning("message_dropped", error=type(error).__name__)
-            return True  # it is read, and the sweep nudges again
+            dropped(error)
+            return True  # it is read
+        except ResponseError as error:  # it has become a replica, or cannot save what it holds
+            self.client.connection.disconnect()  # another may answer in its place
+            refused(error)
+            raise Empty from error
+
+    def _put(self, queue: str, message: dict[str, Any], **options: Any) -> None:
+        if self._size(queue) < messages.MAX_WAITING:
+            super()._put(queue, message, **options)
 
 
 class Transport(redis.Transport):

@@ -6,11 +6,12 @@ or not at all: a backend that cannot promise both is none.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,11 +53,13 @@ class Storage(Protocol):
     def receive(self, key: str) -> Incoming:
         """Open `key` for writing. It exists once `keep` returns; `drop` leaves nothing behind."""
 
-    def adopt(self, key: str, source: Path) -> Stored:
-        """Store the file `source`, which stays as it is, under `key`."""
+    def adopt(self, key: str, source: IO[bytes], *, check: Callable[[], None] = lambda: None) -> Stored:
+        """Store what `source` still holds under `key`. What `check` raises meanwhile ends it, and leaves
+        nothing."""
 
     def fetch(self, key: str, destination: Path) -> None:
-        """Make the object, or the folder of objects below the prefix `key`, readable at `destination`."""
+        """Make the object, or the folder of objects below the prefix `key`, readable at `destination`. Its folder is
+        made; the one above that must be there."""
 
     def path(self, key: str) -> Path:
         """A local file with the object's content."""
@@ -85,23 +88,25 @@ class LocalStorage:
     def receive(self, key: str) -> LocalIncoming:
         return LocalIncoming(self.path(key), self._arriving)
 
-    def adopt(self, key: str, source: Path) -> Stored:
+    def adopt(self, key: str, source: IO[bytes], *, check: Callable[[], None] = lambda: None) -> Stored:
         incoming = self.receive(key)
         try:
-            with source.open("rb") as file:
-                for piece in pieces_of(file):
-                    incoming.write(piece)
+            for piece in pieces_of(source):
+                check()
+                incoming.write(piece)
         except BaseException:
             incoming.drop()
             raise
         return incoming.keep()
 
     def fetch(self, key: str, destination: Path) -> None:
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        destination.parent.mkdir(exist_ok=True)
         destination.unlink(missing_ok=True)
         destination.symlink_to(self.path(key))
 
     def path(self, key: str) -> Path:
+        if key.startswith("/") or ".." in Path(key).parts:
+            raise ValueError(f"{key!r} leads out of the storage.")
         return self._root / key
 
     def keys(self, prefix: str, *, older_than_seconds: float) -> list[str]:
@@ -217,8 +222,9 @@ def _older_than(seconds: float, paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def _disk_trouble(error: OSError) -> Unavailable:
+    message = f"The server's storage refused the write ({error.strerror})."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Unavailable(message, code="disk_full", hint="Free space on the server's disk, then try again.")
     return Unavailable(
-        f"The server's storage refused the write ({error.strerror}).",
-        code="storage_unavailable",
-        hint="Free space on the server's disk, then try again.",
+        message, code="storage_unavailable", hint="Look after the server's storage folder, then try again."
     )

@@ -24,6 +24,7 @@ RUN pip install --no-deps .
 USER shadowft
 ENV SHADOWFT_DATA_DIR=/data SHADOWFT_LOG_FORMAT=json
 WORKDIR /data
-# The grafting kernels, for the processor of this machine; another one compiles its own when it first needs them.
+# The grafting kernels, for the processor of this machine. On another one each graft compiles them for itself: a step
+# keeps nothing.
 RUN python -c 'from worker.weights.kernels import compile_all; compile_all()'
 CMD ["shadowft", "worker", "--queue", "jobs"]

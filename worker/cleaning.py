@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import and_, not_, select
 
 from core import files, jobs, pair_checks, uploads
 from core.db import Database
 from core.models import File, Job, ResumePoint, UploadPart
 from core.storage import Storage
+from worker import publish
 
 #: Nobody has written to such an object for so long: its process is gone.
 UNFINISHED_SECONDS = 3600.0
@@ -51,6 +52,7 @@ def remove_strays(database: Database, storage: Storage) -> None:
             storage.delete(key)
             log.info("stray_removed", key=key)
     _remove_stray_points(database, storage)
+    _remove_unpublished(database, storage)
 
 
 def _remove_stray_points(database: Database, storage: Storage) -> None:
@@ -64,6 +66,28 @@ def _remove_stray_points(database: Database, storage: Storage) -> None:
         if prefix is not None and not prefix.startswith(busy):
             storage.delete(prefix)
             log.info("stray_removed", key=prefix)
+
+
+def _remove_unpublished(database: Database, storage: Storage) -> None:
+    """What attempts had put aside for publishing that did not come to it, once their job has ended without a worker who
+    would clear up. A late one that still writes there has lost its lease; the next round removes that as well."""
+    stored = {"/".join(key.split("/")[:3]) for key in storage.keys("jobs", older_than_seconds=0)}
+    for prefix in stored & _unpublished(database):
+        storage.delete(prefix)
+        log.info("unpublished_removed", key=prefix)
+
+
+def _unpublished(database: Database) -> set[str]:
+    """Of every job that has ended, where its attempts would have left what they did not publish."""
+    at_once = and_(Job.status == "succeeded", Job.attempt == 1)
+    ended = select(Job.id, Job.attempt, Job.status).where(Job.status.in_(jobs.TERMINAL), not_(at_once))
+    with database.reading() as session:
+        return {
+            publish.prefix(jobs.Claim(job_id, attempt))
+            for job_id, last, status in session.execute(ended)
+            for attempt in range(1, last + 1)
+            if (status, attempt) != ("succeeded", last)
+        }
 
 
 def _point_of(key: str) -> str | None:

@@ -67,6 +67,7 @@ def _check(context: Context, file: File) -> None:
 def _inspect(context: Context, file: File) -> dict[str, Any]:
     workspace = Workspace(context.settings.work_dir / f"check-{file.id}-{file.check_tries}")
     try:
+        workspace.inputs.mkdir(parents=True)
         context.storage.fetch(file.storage_key, workspace.inputs / "file")
         with _lease(context, file) as lease:
             result = run_step(

@@ -6,6 +6,7 @@ Models come from one cache that all jobs of this machine share; a workspace hold
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from core.checkpoints import read_checkpoint
 from core.config import Settings
 from core.errors import Cause, InvalidInput, StepFailed
+from core.fingerprint import content_sha256
 from core.job_spec import DataSource, DeltaFile, DeltaSource, JobSpec, ModelSource
 from core.own_files import require_own_files
 from core.pairs import checked_source
@@ -49,14 +51,20 @@ def fetch(
     models = [checked_source(source, settings.model_roots) for source in _models(spec)]
     folders = {link: cache.fetch(source, check) for link, source in zip(links, models, strict=False)}
     check()
-    workspace.inputs.mkdir(parents=True, exist_ok=True)
-    write_durably(workspace.spec_file, spec.model_dump_json(indent=2).encode())
+    workspace.inputs.mkdir(exist_ok=True)
     if spec.evaluation.left_out is None:
         _fetch_rows(spec, workspace, storage)
     if spec.delta is not None:
         _fetch_delta(spec.delta, workspace.delta, storage, check)
     for link, folder in folders.items():
         _link(folder, link)
+    local = [folder for source, folder in zip(models, folders.values(), strict=True) if source.kind == "local"]
+    snapshots = tuple(content_sha256(folder, read_checkpoint(folder)) for folder in local)
+    settled = spec.model_copy(update={"snapshots": snapshots})
+    if workspace.spec_file.exists() and workspace.spec().snapshots != snapshots:
+        for name in ("train", "graft", "evaluate"):  # what they have done, they did with other models
+            shutil.rmtree(workspace.step(name), ignore_errors=True)
+    write_durably(workspace.spec_file, settled.model_dump_json(indent=2).encode())
 
 
 def _fetch_rows(spec: JobSpec, workspace: Workspace, storage: Storage) -> None:

@@ -11,13 +11,23 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import structlog
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import InternalError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
 
+from core.db import Database
 from core.errors import LeaseLost
 from core.jobs import Wish
+
+#: What is said of a database that is away, busy, full or about to end, and not of one that was asked a wrong question.
+AWAY = (OperationalError, InternalError, PoolTimeout)
+#: Until a database that was away is asked again.
+AGAIN_SECONDS = 1.0
+
+Answer = TypeVar("Answer")
 
 log = structlog.get_logger(__name__)
 
@@ -74,7 +84,7 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def __enter__(self) -> Self:
-        self._renew()
+        self.outlast(self._renew)
         self._thread.start()
         return self
 
@@ -109,15 +119,51 @@ class Lease:
         """Take the wish that another write brought back."""
         self._wish = wish
 
+    def outlast(self, act: Callable[[], Answer]) -> Answer:
+        """What `act` returns, which asks the database and may be done again while that is away.
+
+        Raises LeaseLost when the lease has run out meanwhile, and after as long where beats come through and this does
+        not: a job that cannot be written is given up rather than held for ever.
+        """
+        end = time.monotonic() + self._lease_seconds
+        while True:
+            try:
+                return act()
+            except AWAY as error:
+                left = min(self.remaining(), end - time.monotonic())
+                log.warning("database_away", error=type(error).__name__, seconds_left=round(left, 1))
+                if left <= AGAIN_SECONDS:
+                    raise LeaseLost("The database stayed away for a whole lease.") from error
+                time.sleep(AGAIN_SECONDS)
+
+    def write(self, database: Database, act: Callable[[Session], Answer]) -> Answer:
+        """What `act` returns, once what it wrote is committed; otherwise as `outlast`."""
+
+        def attempt() -> Answer:
+            with database.writing() as session:
+                try:
+                    answer = act(session)
+                    session.commit()
+                except SQLAlchemyError:
+                    session.rollback()  # or rows that were added would count as stored, and not be added again
+                    raise
+            return answer
+
+        return self.outlast(attempt)
+
     def _keep(self) -> None:
-        while not self._ended.wait(self._beat_seconds):
+        wait = self._beat_seconds
+        while not self._ended.wait(wait):
             try:
                 self._renew()
+                wait = self._beat_seconds
             except LeaseLost:
                 self._lost = True
                 return
-            except DBAPIError as error:
+            except SQLAlchemyError as error:
                 log.warning("beat_failed", error=type(error).__name__, seconds_left=round(self.remaining(), 1))
+                # One that hung has left no time for another interval.
+                wait = min(AGAIN_SECONDS, self._beat_seconds)
 
     def _renew(self) -> None:
         started = time.monotonic()

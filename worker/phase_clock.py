@@ -12,6 +12,7 @@ from core.history import device_kind
 from core.job_spec import JobSpec
 from core.jobs import Claim, Phase
 from core.models import PhaseTime
+from worker.left_files import read_left
 from worker.workspace import Workspace
 
 
@@ -86,5 +87,5 @@ def _work_of(name: str, result: dict[str, Any], workspace: Workspace) -> int:
         return int(result["input_tokens"])
     if name == "graft":
         return sum(int(figures["bytes"]) for figures in result["scales"].values())
-    report = json.loads(workspace.report.read_bytes())
+    report = json.loads(read_left(workspace.report, below=workspace.root))
     return len(report["variants"]) * sum(int(one["rows"]) for one in report["sets"].values())

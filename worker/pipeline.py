@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import math
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from core import jobs
 from core.config import Settings
@@ -24,19 +26,24 @@ from core.jobs import Claim, NewEvent, Phase, Wish
 from core.models import Job, Team
 from core.storage import Storage
 from worker import inputs, publish
-from worker.lease import Cancelled, Draining, Lease, Pausing, TimeUp
+from worker.lease import AWAY, Cancelled, Draining, Lease, Pausing, TimeUp
 from worker.phase_clock import PhaseClock
 from worker.progress import Line, Metrics, Note, Saved, Step
-from worker.resume_points import Place, PointKeeper, restore
+from worker.resume_manifest import PointRefused
+from worker.resume_points import Place, PointKeeper, discard, restore
 from worker.step_runner import Patience, run_step
-from worker.workspace import Workspace, write_durably
+from worker.workspace import Workspace, open_workspace, remove_workspaces, write_durably
 
 #: How often a training's micro-batch is halved, where it runs out of memory.
 MAX_OOM_LEVEL = 3
-#: How often a training that made no step is begun again.
+#: How often a step that made no progress is begun again.
 MAX_STALLS = 1
-#: Of causes that pass by themselves once somebody has made room.
-DISK_CODES = frozenset({"disk_full", "storage_unavailable"})
+#: How often a step is tried again that was killed from outside and would not need less memory another time.
+MAX_KILLS = 1
+#: Times a training's patience that another step may say nothing: its steps are whole tensors, files and models.
+QUIET_TIMES = 4
+#: Lines of a step that are kept while the database is away; of more, the newest.
+MAX_UNWRITTEN = 10_000
 
 log = structlog.get_logger(__name__)
 
@@ -67,27 +74,39 @@ class Run:
     workspace: Workspace
     lease: Lease
     clock: PhaseClock
+    #: What a step said while the database was away.
+    unwritten: list[Line] = field(default_factory=list)
 
     def enter(self, phase: Phase, message: str) -> None:
         ended = self.clock.turn_to(phase)
-        with self.context.database.writing() as session:
-            wish = jobs.enter_phase(session, self.claim, phase, message)
+
+        def write(session: Session) -> Wish:
             session.add_all([ended] if ended else [])
-            session.commit()
-        self.lease.heard(wish)
+            return jobs.enter_phase(session, self.claim, phase, message)
+
+        self.lease.heard(self.lease.write(self.context.database, write))
         self.lease.check()
 
     def train(self) -> None:
-        """Train, from the newest saved state on, and have the states stored that it saves meanwhile."""
-        settings = self.context.settings
+        """Train, from the newest saved state on that the trainer takes."""
         place = Place(self.claim, self.workspace, self.context.database, self.context.storage, self.lease)
-        if not self.workspace.done("train").exists():
-            if restore(place, self.spec) is not None:
+        while not self.workspace.done("train").exists():
+            point = restore(place, self.workspace.spec())
+            if point is not None:
                 self.clock.stop()  # the part that is left would be taken for a quick training
-            with self.context.database.reading() as session:
-                oom_level = jobs.budgets(session, self.claim.job_id).oom_level
-            conditions = {"save_seconds": settings.save_seconds, "oom_level": oom_level}
-            write_durably(self.workspace.conditions_file, json.dumps(conditions).encode())
+            try:
+                self._train_on(place)
+            except StepFailed as error:
+                if point is None or error.cause.code != PointRefused.default_code:
+                    raise
+                discard(place, point, error.cause.message)
+
+    def _train_on(self, place: Place) -> None:
+        """Train, and have the states stored that are saved meanwhile."""
+        settings = self.context.settings
+        oom_level = place.read(jobs.budgets).oom_level
+        conditions = {"save_seconds": settings.save_seconds, "oom_level": oom_level}
+        write_durably(self.workspace.conditions_file, json.dumps(conditions).encode())
         patience = Patience(save_grace_seconds=settings.save_grace_seconds, stall_seconds=settings.stall_seconds)
         micro_batch = 0  # until the training says it
         with PointKeeper(place) as keeper:
@@ -115,25 +134,41 @@ class Run:
         on_lines: Callable[[Sequence[Line]], None] | None = None,
         patience: Patience | None = None,
     ) -> dict[str, Any]:
-        result = run_step(
-            name,
-            self.workspace,
-            lease=self.lease,
-            device=self.context.device,
-            grace_seconds=self.context.settings.cancel_grace_seconds,
-            on_lines=on_lines or self.record,
-            patience=patience,
-        )
+        settings = self.context.settings
+        try:
+            result = run_step(
+                name,
+                self.workspace,
+                lease=self.lease,
+                device=self.context.device,
+                grace_seconds=settings.cancel_grace_seconds,
+                on_lines=on_lines or self.record,
+                patience=patience or Patience(stall_seconds=QUIET_TIMES * settings.stall_seconds),
+            )
+        finally:
+            if self.unwritten:
+                self.lease.outlast(self._write)
         self.clock.did_step(name, result)
         return result
 
     def record(self, lines: Sequence[Line]) -> None:
+        """Keep what a step said. A database that is away is told next time: the step goes on while the lease holds."""
+        self.unwritten.extend(lines)
+        del self.unwritten[:-MAX_UNWRITTEN]
+        try:
+            self._write()
+        except AWAY as error:
+            log.warning("lines_kept", lines=len(self.unwritten), error=type(error).__name__)
+
+    def _write(self) -> None:
         """Turn a step's lines into progress, metrics and events, in one write."""
+        lines = self.unwritten
         metrics = [_filled(line) for line in lines if isinstance(line, Metrics)]
         events = [event for line in lines for event in _events(line)]
         with self.context.database.writing() as session:
             wish = jobs.record(session, self.claim, progress=_progress(lines), metrics=metrics, events=events)
             session.commit()
+        self.unwritten.clear()
         self.lease.heard(wish)
 
 
@@ -143,32 +178,42 @@ def run(context: Context, claim: Claim) -> None:
     log.info("job_claimed")
     try:
         with _lease(context, claim) as lease:
-            opened = _open(context, claim, lease)
-            with inputs.holding_models(opened.spec, context.settings):
-                _tell(opened)
+            _see_through(context, claim, lease)
     except LeaseLost:
         log.warning("lease_lost")
+    finally:
+        with suppress(SQLAlchemyError):  # a sweep cleans up as well
+            _clean_up(context, claim)
+        structlog.contextvars.unbind_contextvars("job_id", "attempt")
+
+
+def _see_through(context: Context, claim: Claim, lease: Lease) -> None:
+    """Run the job, and settle how it ended while the lease still moves on."""
+    attempt = Attempt(context, claim, lease)
+    try:
+        opened = lease.outlast(lambda: _open(context, claim, lease))
+        with inputs.holding_models(opened.spec, context.settings):
+            _tell(opened)
+    except LeaseLost:
+        raise
     except Cancelled:
-        _settle(context, claim, jobs.finish_cancelled)
+        attempt.settle(jobs.finish_cancelled)
     except Draining:
-        _settle(context, claim, jobs.put_back, "The worker is shutting down; the job is queued again")
+        attempt.settle(jobs.put_back, "The worker is shutting down; the job is queued again")
     except Pausing:
-        _settle(context, claim, jobs.put_back, None)
+        attempt.settle(jobs.put_back, None)
     except TimeUp:
-        _settle(context, claim, jobs.fail, _time_up())
+        attempt.settle(jobs.fail, _time_up())
     except OutOfMemory as error:
-        _ease(context, claim, error.cause)
+        attempt.ease(error.cause)
     except ShadowError as error:
-        _judge(context, claim, error.cause)
+        attempt.judge(error.cause)
     except OSError as error:
         log.exception("job_crashed")
-        _judge(context, claim, _disk_full() if error.errno in (errno.ENOSPC, errno.EDQUOT) else _our_fault())
+        attempt.judge(_disk_full() if error.errno in (errno.ENOSPC, errno.EDQUOT) else _our_fault())
     except Exception:  # the job must not stay running because of a fault of ours
         log.exception("job_crashed")
-        _judge(context, claim, _our_fault())
-    finally:
-        _clean_up(context, claim)
-        structlog.contextvars.unbind_contextvars("job_id", "attempt")
+        attempt.judge(_our_fault())
 
 
 def _tell(run: Run) -> None:
@@ -214,11 +259,14 @@ def _publish(run: Run) -> None:
     )
     run.clock.did(sum(artifact.bytes for artifact in outcome.artifacts))
     ended = run.clock.end()
-    with run.context.database.writing() as session:
-        if not jobs.succeed(session, run.claim, outcome):
-            raise Cancelled
-        session.add_all([ended] if ended else [])
-        session.commit()
+
+    def succeed(session: Session) -> bool:
+        succeeded = jobs.succeed(session, run.claim, outcome)
+        session.add_all([ended] if ended and succeeded else [])
+        return succeeded
+
+    if not run.lease.write(run.context.database, succeed):
+        raise Cancelled
     log.info("job_succeeded", model=run.spec.fine_tuned_model)
 
 
@@ -257,7 +305,7 @@ def _open(context: Context, claim: Claim, lease: Lease) -> Run:
     with context.database.reading() as session:
         row = session.execute(select(Job.team_id, Job.spec).where(Job.id == claim.job_id)).one()
     spec = JobSpec.model_validate(row.spec)
-    workspace = Workspace(context.settings.work_dir / claim.job_id)
+    workspace = open_workspace(context.settings.work_dir, claim.job_id, claim.attempt)
     return Run(
         context=context,
         claim=claim,
@@ -277,59 +325,74 @@ def _needs_less_at_once(cause: Cause, micro_batch: int) -> bool:
     return cause.code == "out_of_memory" and cause.retryable
 
 
-def _ease(context: Context, claim: Claim, cause: Cause) -> None:
-    """Try again at once with half the rows at a time, the effective batch unchanged; a few times."""
-    tried = _budgets(context, claim).oom_level
-    if tried >= MAX_OOM_LEVEL:
-        _fail(context, claim, cause)
-        return
-    reason = (
-        f"{cause.message} The training goes on with half the rows at a time and the same effective batch "
-        f"({tried + 1} of {MAX_OOM_LEVEL}); the job is queued again"
-    )
-    _settle(context, claim, jobs.put_back, reason, charge="oom_level")
+@dataclass(frozen=True)
+class Again:
+    """Another try: what it is charged to, and how long the job waits for it."""
+
+    charge: jobs.Budget
+    delay_seconds: float
 
 
-def _judge(context: Context, claim: Claim, cause: Cause) -> None:
-    """Try again what another try may not meet, while the budget lasts; end the rest with its cause."""
-    if not (cause.retryable and cause.fault == "infrastructure"):
-        _fail(context, claim, cause)
-        return
-    spent = _budgets(context, claim)
-    if cause.code in DISK_CODES:
-        delay = jobs.disk_wait_seconds(spent.disk_waits)
+def another_try(cause: Cause, spent: jobs.Budgets, max_infra_retries: int) -> Again | None:
+    """What may help against the cause, as far as the budgets go."""
+    if cause.code == "step_killed":
+        max_infra_retries = min(MAX_KILLS, max_infra_retries)
+    elif not cause.retryable or cause.fault != "infrastructure":
+        return None
+    if cause.code == "disk_full":  # passes by itself once somebody has made room
+        return Again("disk_waits", jobs.disk_wait_seconds(spent.disk_waits))
+    if cause.code == "step_stalled":
+        return Again("stall_count", 0) if spent.stall_count < MAX_STALLS else None
+    if spent.infra_retries < max_infra_retries:
+        return Again("infra_retries", jobs.retry_delay_seconds(spent.infra_retries))
+    return None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Decides what becomes of a job whose attempt ended otherwise than in success."""
+
+    context: Context
+    claim: Claim
+    lease: Lease
+
+    def ease(self, cause: Cause) -> None:
+        """Try again at once with half the rows at a time, the effective batch unchanged; a few times."""
+        tried = self._budgets().oom_level
+        if tried >= MAX_OOM_LEVEL:
+            self._fail(cause)
+            return
         reason = (
-            f"{cause.message} What is done is kept, and the job is tried again in about {delay:.0f} s. {cause.hint}"
+            f"{cause.message} The training goes on with half the rows at a time and the same effective batch "
+            f"({tried + 1} of {MAX_OOM_LEVEL}); the job is queued again"
         )
-        _settle(context, claim, jobs.put_back, reason.strip(), charge="disk_waits", delay_seconds=delay)
-    elif cause.code == "step_stalled" and spent.stall_count < MAX_STALLS:
-        reason = f"{cause.message} The job is queued again"
-        _settle(context, claim, jobs.put_back, reason, charge="stall_count")
-    elif cause.code != "step_stalled" and spent.infra_retries < context.settings.max_infra_retries:
-        delay = jobs.retry_delay_seconds(spent.infra_retries)
-        reason = f"{cause.message} The job is tried again in about {delay:.0f} s"
-        _settle(context, claim, jobs.put_back, reason, charge="infra_retries", delay_seconds=delay)
-    else:
-        _fail(context, claim, cause)
+        self.settle(jobs.put_back, reason, charge="oom_level")
 
+    def judge(self, cause: Cause) -> None:
+        """Try again what another try may not meet, while the budget lasts; end the rest with its cause."""
+        again = another_try(cause, self._budgets(), self.context.settings.max_infra_retries)
+        if again is None:
+            self._fail(cause)
+            return
+        when = f"in about {again.delay_seconds:.0f} s" if again.delay_seconds else "at once"
+        reason = f"{cause.message} The job is tried again {when}"
+        if again.charge == "disk_waits":
+            reason = f"{cause.message} What is done is kept, and the job is tried again {when}. {cause.hint}"
+        self.settle(jobs.put_back, reason.strip(), charge=again.charge, delay_seconds=again.delay_seconds)
 
-def _budgets(context: Context, claim: Claim) -> jobs.Budgets:
-    with context.database.reading() as session:
-        return jobs.budgets(session, claim.job_id)
+    def _budgets(self) -> jobs.Budgets:
+        def read() -> jobs.Budgets:
+            with self.context.database.reading() as session:
+                return jobs.budgets(session, self.claim.job_id)
 
+        return self.lease.outlast(read)
 
-def _fail(context: Context, claim: Claim, cause: Cause) -> None:
-    log.warning("job_failed", code=cause.code, cause=cause.message)
-    _settle(context, claim, jobs.fail, cause)
+    def _fail(self, cause: Cause) -> None:
+        log.warning("job_failed", code=cause.code, cause=cause.message)
+        self.settle(jobs.fail, cause)
 
-
-def _settle(context: Context, claim: Claim, verb: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    try:
-        with context.database.writing() as session:
-            verb(session, claim, *args, **kwargs)
-            session.commit()
-    except LeaseLost:
-        log.warning("lease_lost")
+    def settle(self, verb: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        self.lease.write(self.context.database, lambda session: verb(session, self.claim, *args, **kwargs))
 
 
 def _clean_up(context: Context, claim: Claim) -> None:
@@ -338,7 +401,7 @@ def _clean_up(context: Context, claim: Claim) -> None:
     with context.database.reading() as session:
         job = session.execute(select(Job.status, Job.attempt).where(Job.id == claim.job_id)).one()
     if job.status in jobs.TERMINAL:
-        shutil.rmtree(context.settings.work_dir / claim.job_id, ignore_errors=True)
+        remove_workspaces(context.settings.work_dir, claim.job_id)
         for attempt in range(1, job.attempt + 1):
             if (job.status, job.attempt) != ("succeeded", attempt):
                 context.storage.delete(publish.prefix(Claim(claim.job_id, attempt)))

@@ -20,6 +20,7 @@ from core.job_spec import Graft, JobSpec, ModelSource
 from core.jobs import Claim, Outcome
 from core.models import Artifact, Checkpoint, File
 from core.storage import Storage
+from worker.left_files import open_left, read_left
 from worker.workspace import Workspace
 
 #: The header that OpenAI's result files have.
@@ -48,14 +49,13 @@ def prefix(claim: Claim) -> str:
 def publish(
     spec: JobSpec, workspace: Workspace, claim: Claim, *, team_id: str, storage: Storage, check: Callable[[], None]
 ) -> Outcome:
-    """Put everything into storage. `check` is asked before each file and raises when the work must end."""
-    artifacts = []
-    for publication in publications(spec, workspace):
-        check()
-        artifacts.append(_store(publication, claim, team_id, storage))
-    _verify_manifest(artifacts, "model", workspace.grafted(spec.scales[0]))
+    """Put everything into storage. `check` is asked all the while and raises when the work must end."""
+    artifacts = [
+        _store(publication, workspace, claim, team_id, storage, check) for publication in publications(spec, workspace)
+    ]
+    _verify_manifest(artifacts, "model", workspace.grafted(spec.scales[0]), workspace)
     if spec.saves_delta:
-        _verify_manifest(artifacts, "delta", workspace.saved_delta)
+        _verify_manifest(artifacts, "delta", workspace.saved_delta, workspace)
     artifacts.append(_manifest(artifacts, claim, team_id, storage))
     trains = spec.kind == "fine_tune"
     compares = spec.evaluation.left_out is None
@@ -63,7 +63,7 @@ def publish(
         artifacts=artifacts,
         result_files=[_result_file(workspace, claim, team_id, storage)] if trains else [],
         trained_tokens=_trained(workspace)["trained_tokens"] if trains else None,
-        evaluation=json.loads(workspace.report.read_bytes()) if compares else None,
+        evaluation=json.loads(_read(workspace.report, workspace)) if compares else None,
         graft_result=graft_result(workspace),
         checkpoints=_checkpoints(spec, workspace) if trains else [],
     )
@@ -87,7 +87,7 @@ def publications(spec: JobSpec, workspace: Workspace) -> Iterator[Publication]:
 
 
 def _trained(workspace: Workspace) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(workspace.result("train").read_bytes())
+    result: dict[str, Any] = json.loads(_read(workspace.result("train"), workspace))
     return result
 
 
@@ -112,7 +112,7 @@ def _checkpoints(spec: JobSpec, workspace: Workspace) -> list[Checkpoint]:
 
 def graft_result(workspace: Workspace) -> dict[str, Any]:
     """The published graft's figures. Those of single layers and modules stand in its shadow.json."""
-    result = json.loads(workspace.result("graft").read_bytes())
+    result = json.loads(_read(workspace.result("graft"), workspace))
     figures: dict[str, Any] = result["scales"][result["published"]]
     return {name: value for name, value in figures.items() if name not in ("layers", "modules")}
 
@@ -122,7 +122,7 @@ def _write_card(spec: JobSpec, workspace: Workspace) -> Path:
     front = f"---\nbase_model: {json.dumps(_name(spec.pair.instruct))}\ntags: [shadow-ft]\n---\n"
     parts = [f"{front}\n# {spec.fine_tuned_model}", _how_made(spec), _kept(graft_result(workspace))]
     if spec.evaluation.left_out is None:
-        parts.append(workspace.report.with_suffix(".md").read_text())
+        parts.append(_read(workspace.report.with_suffix(".md"), workspace).decode())
     card = workspace.root / "README.md"
     card.write_text("\n\n".join(parts))
     return card
@@ -175,13 +175,25 @@ def _name(source: ModelSource) -> str:
 
 def _folder(kind: str, folder: Path, *, below: str | None = None) -> Iterator[Publication]:
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_symlink() or not path.is_dir():  # what is no file either is refused when it is opened
             yield Publication(kind, f"{below or kind}/{path.relative_to(folder).as_posix()}", path)
 
 
-def _store(publication: Publication, claim: Claim, team_id: str, storage: Storage) -> Artifact:
+def _read(path: Path, workspace: Workspace) -> bytes:
+    return read_left(path, below=workspace.root)
+
+
+def _store(
+    publication: Publication,
+    workspace: Workspace,
+    claim: Claim,
+    team_id: str,
+    storage: Storage,
+    check: Callable[[], None],
+) -> Artifact:
     key = f"{prefix(claim)}/{publication.path}"
-    stored = storage.adopt(key, publication.source)
+    with open_left(publication.source, below=workspace.root) as source:
+        stored = storage.adopt(key, source, check=check)
     return _artifact(publication.kind, publication.path, key, claim, team_id, stored.bytes, stored.sha256)
 
 
@@ -198,9 +210,9 @@ def _artifact(kind: str, path: str, key: str, claim: Claim, team_id: str, size: 
     )
 
 
-def _verify_manifest(artifacts: list[Artifact], kind: str, folder: Path) -> None:
+def _verify_manifest(artifacts: list[Artifact], kind: str, folder: Path, workspace: Workspace) -> None:
     """What was stored must be what the graft wrote: compare with the hashes it took while writing."""
-    written = json.loads((folder / "manifest.json").read_bytes())["files"]
+    written = json.loads(_read(folder / "manifest.json", workspace))["files"]
     stored = {artifact.path: artifact.sha256 for artifact in artifacts}
     for name, entry in written.items():
         if stored.get(f"{kind}/{name}") != entry["sha256"]:
@@ -228,7 +240,7 @@ def _manifest(artifacts: list[Artifact], claim: Claim, team_id: str, storage: St
 
 def _result_file(workspace: Workspace, claim: Claim, team_id: str, storage: Storage) -> File:
     """The metrics as the CSV that clients of the fine-tuning contract read."""
-    content = metrics_csv(workspace.metrics.read_text()).encode()
+    content = metrics_csv(_read(workspace.metrics, workspace).decode()).encode()
     key = f"{prefix(claim)}/result.csv"
     incoming = storage.receive(key)
     incoming.write(content)

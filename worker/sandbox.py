@@ -3,11 +3,17 @@
 Run as a program, this file puts the walls around itself and becomes the step: walls of this kind can be added to and
 never taken down, and they stay across `exec`. Two parts of the kernel make them, and neither wants a privilege:
 
-- network: a seccomp filter refuses every new socket, of whatever kind, and the ways around it. It also refuses to look
-  into other processes.
+- network: a seccomp filter refuses every socket but a pair of streams, and the ways around it. It also refuses what
+  Landlock leaves to every process of a user: signals, limits, priorities and a look into the user's other processes;
+  mode, owner, times and attributes of the user's files, also of those that cannot be read.
 - files: Landlock shows the interpreter, the system's libraries, the devices and the workspace; the step writes in its
-  own folder and in a temporary one. What the workspace links to can be read. Environments, memory and signals of
-  processes outside are out of reach.
+  own folder and in a temporary one, and makes no links there that lead out. What the workspace links to can be read.
+
+Both together stand whole from Linux 5.13 on: what Landlock learnt later (emptying a file by its name, 6.2; signals and
+abstract sockets, 6.12) the filter refuses on every kernel. Where only one can stand, the other one's part is open; of
+Landlock alone that is also what it learnt later, on a kernel before that. What both leave: a step sees names and sizes
+of files whose place it knows, command lines of other processes, and can bind those of its user to a core. It can use up
+disk, memory and processes.
 
 What this kernel and this device really bear is tried once in a process (`find_walls`), by a child behind the walls; the
 setting SHADOWFT_SANDBOX says what happens where one of them cannot stand: `auto` goes without it and says so, `require`
@@ -17,6 +23,7 @@ refuses to start. This file imports the standard library alone: it runs before t
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -66,22 +73,23 @@ class Plan:
 
 def find_walls(device: str) -> Walls:
     """Which walls stand on this machine around a step on `device` (`cpu`, `cuda:0`), as a trial showed."""
-    trouble = ""
-    for wanted in (Walls(network=True, files=True), Walls(network=True), Walls(files=True)):
-        found = _try(wanted, device)
-        if not found.missing:
-            return Walls(found.network, found.files, trouble)
-        trouble = trouble or found.missing
-    return Walls(missing=trouble)
+    first = ""
+    for network, files in ((True, True), (True, False), (False, True)):
+        trouble = _try(Walls(network, files), device)
+        if not trouble:
+            return Walls(network, files, first)
+        first = first or trouble
+    return Walls(missing=first)
 
 
 def command(step: Sequence[str], *, walls: Walls, workspace: Path, folder: Path, device: str) -> list[str]:
     """The command line that runs `step` behind the walls. It writes in `folder` and below `workspace`/tmp alone."""
     scratch = workspace / "tmp"
+    scratch.mkdir(exist_ok=True)  # and nothing above it: a workspace that is gone must not come back
     machine_code = scratch / "machine-code"
     kept = _link_machine_code(machine_code)
     home = scratch / "home"
-    home.mkdir(parents=True, exist_ok=True)
+    home.mkdir(exist_ok=True)
     return _wrapped(
         Plan(
             command=step,
@@ -142,7 +150,7 @@ def _links(folder: Path) -> Iterator[Path]:
 def _link_machine_code(folder: Path) -> list[str]:
     """Links to the machine code that is kept of the grafting loops (worker/weights/machine_code.py); the folders they
     lead to. What a step adds is its own: no other job runs code that this one wrote."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     given = os.environ.get("NUMBA_CACHE_DIR")
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     beside = Path(__file__).parent / "weights" / "__pycache__"
@@ -158,8 +166,8 @@ def _link_machine_code(folder: Path) -> list[str]:
 # --- the trial --------------------------------------------------------------------------------------------------------
 
 
-def _try(walls: Walls, device: str) -> Walls:
-    """Put the walls up around a small program that runs against them."""
+def _try(walls: Walls, device: str) -> str:
+    """Put the walls up around a small program that runs against them. Why they do not do; empty where they do."""
     with tempfile.TemporaryDirectory(prefix="shadowft-walls-") as place:
         inside, outside = Path(place) / "inside", Path(place) / "outside"
         inside.mkdir()
@@ -179,10 +187,12 @@ def _try(walls: Walls, device: str) -> Walls:
         visible = {"CUDA_VISIBLE_DEVICES": "" if device == "cpu" else device.removeprefix("cuda:")}
         tried = _run(_wrapped(plan), {**os.environ, **visible})
     if isinstance(tried, str):
-        return Walls(missing=tried)
+        return tried
     if tried["trouble"]:
-        return Walls(missing=tried["trouble"])
-    return Walls(network=tried["network"], files=tried["files"])
+        return str(tried["trouble"])
+    walled = {"network": walls.network, "files": walls.files, "both": walls.network and walls.files}
+    went_on = [act for wall, stands in walled.items() if stands for act in tried[wall]]
+    return f"a step could still {', '.join(went_on)}" if went_on else ""
 
 
 def _run(program: Sequence[str], environment: dict[str, str]) -> dict[str, Any] | str:
@@ -199,13 +209,32 @@ def _run(program: Sequence[str], environment: dict[str, str]) -> dict[str, Any] 
 
 
 def _trial(outside: str, device: str) -> dict[str, Any]:
+    """What could be done, by the wall that is to stand before it."""
     import socket  # loading it costs every step's start, and no step has a use for it
 
+    worker = os.getppid()
     return {
-        "network": _is_refused(lambda: socket.socket().close()),
-        "files": _is_refused(Path(outside).read_text),
+        "network": _done(
+            {
+                "open a socket": lambda: socket.socket().close(),
+                "send datagrams": lambda: socket.socketpair(type=socket.SOCK_DGRAM)[0].close(),
+            }
+        ),
+        "files": _done({"read a file outside": Path(outside).read_text}),
+        "both": _done(
+            {
+                "empty a file outside": lambda: os.truncate(outside, 0),
+                "change the mode of a file outside": lambda: Path(outside).chmod(0o600),
+                "signal the worker": lambda: os.kill(worker, 0),
+                "limit the worker": lambda: resource.prlimit(worker, resource.RLIMIT_CORE),
+            }
+        ),
         "trouble": "" if device == "cpu" else _cuda_trouble(),
     }
+
+
+def _done(acts: dict[str, Callable[[], object]]) -> list[str]:
+    return [name for name, act in acts.items() if not _is_refused(act)]
 
 
 def _is_refused(act: Callable[[], object]) -> bool:
@@ -244,8 +273,9 @@ _TRUNCATE, _IOCTL = 1 << 14, 1 << 15
 _KNOWN = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1, 5: (1 << 16) - 1}
 #: What a rule about a single file may say.
 _OF_FILES = _EXECUTE | _WRITE | _READ | _TRUNCATE | _IOCTL
-#: Devices and the pipes of others: no step makes one. (Making characters, sockets, blocks.)
-_NEVER_MADE = 1 << 6 | 1 << 9 | 1 << 11
+#: Devices, sockets, pipes and links: no step makes one, and a worker that opened one later could be held up by it, or
+#: led to what the step may not read. (Making characters, sockets, pipes, blocks, symbolic links.)
+_NEVER_MADE = 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 12
 _NO_ABSTRACT_SOCKETS, _NO_SIGNALS = 1, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -302,39 +332,125 @@ def _allow(ruleset: int, path: str, rights: int, *, keep: bool = False) -> int:
 
 # --- seccomp ----------------------------------------------------------------------------------------------------------
 
-#: By machine: how the kernel calls it, and the calls that a step has no use for: socket; io_uring, which can do the
-#: same by another way; a look into another process; the kernel's keys, programs and counters.
-_CALLS = {
-    "x86_64": (0xC000003E, (41, 425, 101, 310, 311, 248, 249, 250, 321, 298)),
-    "aarch64": (0xC00000B7, (198, 425, 117, 270, 271, 217, 218, 219, 280, 241)),
-}
-_LOAD, _EQUAL, _AT_LEAST, _ANSWER = 0x20, 0x15, 0x35, 0x06
-_ALLOW, _REFUSE = 0x7FFF0000, 0x00050000 | 1  # EPERM
-_X32 = 0x40000000
+#: How the kernel calls the machine, and the numbers of its calls; newer ones are the same on all machines.
+_MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_NUMBERS: dict[str, dict[str, int]] = {
+    "x86_64": {
+        "open": 2, "ioctl": 16, "socket": 41, "connect": 42, "bind": 49, "listen": 50, "socketpair": 53,
+        "clone": 56, "kill": 62, "fcntl": 72, "truncate": 76, "chmod": 90, "fchmod": 91, "chown": 92, "fchown": 93,
+        "lchown": 94, "ptrace": 101, "setpgid": 109, "setsid": 112, "rt_sigqueueinfo": 129, "utime": 132,
+        "setpriority": 141, "sched_setparam": 142, "sched_setscheduler": 144, "setxattr": 188, "lsetxattr": 189,
+        "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199, "tkill": 200, "tgkill": 234,
+        "utimes": 235, "add_key": 248, "request_key": 249, "keyctl": 250, "ioprio_set": 251,
+        "inotify_add_watch": 254, "openat": 257, "fchownat": 260, "futimesat": 261, "fchmodat": 268, "unshare": 272,
+        "utimensat": 280, "rt_tgsigqueueinfo": 297, "perf_event_open": 298, "fanotify_init": 300, "prlimit64": 302,
+        "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311, "sched_setattr": 314, "bpf": 321,
+    },
+    "aarch64": {
+        "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15, "fremovexattr": 16,
+        "fcntl": 25, "inotify_add_watch": 27, "ioctl": 29, "ioprio_set": 30, "truncate": 45, "fchmod": 52,
+        "fchmodat": 53, "fchownat": 54, "fchown": 55, "openat": 56, "utimensat": 88, "unshare": 97, "ptrace": 117,
+        "sched_setparam": 118, "sched_setscheduler": 119, "kill": 129, "tkill": 130, "tgkill": 131,
+        "rt_sigqueueinfo": 138, "setpriority": 140, "setpgid": 154, "setsid": 157, "socket": 198, "socketpair": 199,
+        "bind": 200, "listen": 201, "connect": 203, "add_key": 217, "request_key": 218, "keyctl": 219, "clone": 220,
+        "rt_tgsigqueueinfo": 240, "perf_event_open": 241, "prlimit64": 261, "fanotify_init": 262, "setns": 268,
+        "process_vm_readv": 270, "process_vm_writev": 271, "sched_setattr": 274, "bpf": 280,
+    },
+}  # fmt: skip
+_EVERYWHERE = {"pidfd_send_signal": 424, "io_uring_setup": 425, "clone3": 435, "openat2": 437, "pidfd_getfd": 438}
+#: What came into the kernel behind cachestat is not known here, and does not exist for a step. x32 calls lie above too.
+_UNKNOWN = 452
+
+#: What no step has a use for, by what it could do with it.
+_REFUSED = (
+    # Speak to others; io_uring can do it by another way.
+    *("socket", "connect", "bind", "listen", "io_uring_setup"),
+    # Look into another process, or make it slow.
+    *("ptrace", "process_vm_readv", "process_vm_writev", "pidfd_getfd", "perf_event_open", "bpf"),
+    *("setpriority", "ioprio_set", "sched_setparam", "sched_setscheduler", "sched_setattr"),
+    # Signal it by ways that name no process which could be compared; outlive the group that is killed.
+    *("tkill", "pidfd_send_signal", "setsid", "setpgid"),
+    # Have powers, and keys, of a world of its own.
+    *("unshare", "setns", "add_key", "request_key", "keyctl"),
+    # Change files of this user that it may not even read, or watch them: Landlock leaves that to any process.
+    *("chmod", "fchmod", "fchmodat", "chown", "fchown", "lchown", "fchownat"),
+    *("utime", "utimes", "futimesat", "utimensat", "truncate", "inotify_add_watch", "fanotify_init"),
+    *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr"),
+)
+#: Their arguments lie in memory, where no filter sees them; libraries then take the older call.
+_ABSENT = ("clone3", "openat2")
+
+#: F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP: they have the kernel send a signal for the caller.
+_OWNER_COMMANDS, _OWNER_REQUESTS = (8, 10, 15), (0x8901, 0x8902)
+#: CLONE_NEW*, and CLONE_PARENT, with which a child would be the worker's.
+_NEW_WORLDS = 0x7E020000 | 0x8000
+
+_LOAD, _AND, _EQUAL, _AT_LEAST, _SKIP, _ANSWER = 0x20, 0x54, 0x15, 0x35, 0x05, 0x06
+_ALLOW, _ERROR = 0x7FFF0000, 0x00050000
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 1, 38, 22
+
+#: What to do, with what, and how many lines to skip where it holds and where it does not.
+_Lines = list[tuple[int, int, int, int]]
+_ALLOWED: _Lines = [(_ANSWER, _ALLOW, 0, 0)]
+_REFUSAL: _Lines = [(_ANSWER, _ERROR | errno.EPERM, 0, 0)]
+_ABSENCE: _Lines = [(_ANSWER, _ERROR | errno.ENOSYS, 0, 0)]
 
 
 def _wall_off_network() -> None:
-    if platform.machine() not in _CALLS:
-        raise OSError(f"no filter is written for {platform.machine()}")
-    architecture, calls = _CALLS[platform.machine()]
-    # Each line: what to do, with what, and how many lines to skip where it holds and where it does not.
-    refuse = len(calls) + 1  # lines from the first comparison with a call to the refusal
-    lines = [
-        (_LOAD, 4, 0, 0),
-        (_EQUAL, architecture, 0, refuse + 2),
-        (_LOAD, 0, 0, 0),
-        (_AT_LEAST, _X32, refuse, 0),
-        *((_EQUAL, call, refuse - 1 - place, 0) for place, call in enumerate(calls)),
-        (_ANSWER, _ALLOW, 0, 0),
-        (_ANSWER, _REFUSE, 0, 0),
-    ]
+    machine = platform.machine()
+    if machine not in _MACHINES:
+        raise OSError(f"no filter is written for {machine}")
+    lines = _filter(_MACHINES[machine], {**_NUMBERS[machine], **_EVERYWHERE}, os.getpid())
     program = b"".join(struct.pack("=HBBI", code, yes, no, value) for code, value, yes, no in lines)
     kept = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("@HP", len(lines), ctypes.addressof(kept))
     if _libc.prctl(_PR_SET_SECCOMP, 2, header):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
+
+
+def _filter(machine: int, numbers: dict[str, int], own: int) -> _Lines:
+    """`own` is the step's process, which stays the same across exec."""
+    lines = [
+        *((_LOAD, 4, 0, 0), (_EQUAL, machine, 1, 0), *_REFUSAL),
+        *((_LOAD, 0, 0, 0), (_AT_LEAST, _UNKNOWN, 0, 1), *_ABSENCE),
+    ]
+    for calls, answer in _answers(own):
+        lines += _where([numbers[call] for call in calls if call in numbers], answer)
+    return [*lines, *_ALLOWED]
+
+
+def _answers(own: int) -> list[tuple[Sequence[str], _Lines]]:
+    """What is answered to which calls. The lower half of an argument is compared: the kernel takes no more of these."""
+    unix, stream, truncate, access = 1, 1, 0o1000, 0o3
+    # Every kernel refuses to open a file for writing; one before 6.2 empties it also where it is opened for reading.
+    emptied = _where((truncate, truncate | access), _REFUSAL)
+    return [
+        (_REFUSED, _REFUSAL),
+        (_ABSENT, _ABSENCE),
+        # One of datagrams could send to every socket that has a name; one of streams is a pipe with two directions.
+        (("socketpair",), _argument(1, 0xF) + _where([stream], _argument(0) + _where([unix], _ALLOWED)) + _REFUSAL),
+        # Itself and its group; before 6.12 nothing else keeps it from ending the worker.
+        (
+            ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "prlimit64"),
+            _argument(0) + _where((0, own), _ALLOWED) + _REFUSAL,
+        ),
+        (("fcntl",), _argument(1) + _where(_OWNER_COMMANDS, _REFUSAL) + _ALLOWED),
+        (("ioctl",), _argument(1) + _where(_OWNER_REQUESTS, _REFUSAL) + _ALLOWED),
+        (("clone",), _argument(0, _NEW_WORLDS) + _where([0], _ALLOWED) + _REFUSAL),
+        (("openat",), _argument(2, truncate | access) + emptied + _ALLOWED),
+        (("open",), _argument(1, truncate | access) + emptied + _ALLOWED),
+    ]
+
+
+def _argument(place: int, mask: int = 0xFFFFFFFF) -> _Lines:
+    return [(_LOAD, 16 + 8 * place, 0, 0), (_AND, mask, 0, 0)]
+
+
+def _where(values: Sequence[int], then: _Lines) -> _Lines:
+    """`then`, which ends with an answer, where what was loaded is one of `values`; else what follows."""
+    compared = [(_EQUAL, value, len(values) - place, 0) for place, value in enumerate(values)]
+    return [*compared, (_SKIP, len(then), 0, 0), *then]
 
 
 # --- root -----------------------------------------------------------------------------------------------------------

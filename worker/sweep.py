@@ -1,4 +1,4 @@
-"""A thread in every worker: say that this worker lives, take jobs from dead ones, and nudge when something waits.
+"""A thread in every worker: say that this worker lives, take jobs from dead ones, and announce what waits.
 
 Any number of workers may sweep at once: each of its writes names the state that it expects.
 """
@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -16,15 +17,19 @@ from sqlalchemy import Select, select
 from sqlalchemy.exc import DBAPIError
 
 from core import jobs
-from core.broker import nudge
+from core.broker import TaskName
 from core.db import db_now
 from core.idempotency import forget_old
 from core.models import File, Job, PairCheck, Worker
 from worker.cleaning import forget_pair_checks, remove_expired, remove_strays
 from worker.pipeline import Context
+from worker.workspace import job_of
 
 #: A workspace is not taken for a leftover before this age: its job may just be beginning.
 LEFTOVER_SECONDS = 60.0
+
+#: A worker that has not beaten so often in a row is waited for no longer by a job that is to be cancelled.
+MISSED_BEATS = 3
 
 #: How often old pair checks are looked for, and storage is compared with the database, which reads every key of both.
 CLEANING_SECONDS = 600.0
@@ -33,11 +38,13 @@ log = structlog.get_logger(__name__)
 
 
 class Sweeper:
-    """Sweeps until stopped. `row` says what the database should know of this worker."""
+    """Sweeps until stopped. `row` says what the database should know of this worker; `announce` is told of each task
+    that something waits for."""
 
-    def __init__(self, context: Context, row: Callable[[], Worker]) -> None:
+    def __init__(self, context: Context, row: Callable[[], Worker], announce: Callable[[TaskName], None]) -> None:
         self._context = context
         self._row = row
+        self._announce = announce
         self._cleaning_due = 0.0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweep", daemon=True)
@@ -68,12 +75,14 @@ class Sweeper:
                 session,
                 max_lost_workers=settings.max_lost_workers,
                 stale_worker_seconds=10 * settings.lease_seconds,
+                silent_lease_seconds=settings.lease_seconds - MISSED_BEATS * settings.beat_seconds,
             )
             forget_old(session)
             session.commit()
         for job_id in waiting.lost:
             log.warning("job_taken_back", job_id=job_id)
-        _nudge(waiting)
+        for task in _due(waiting):
+            self._announce(task)
         _remove_leftovers(self._context)
         remove_expired(self._context.database, self._context.storage)
         if time.monotonic() >= self._cleaning_due:
@@ -82,15 +91,15 @@ class Sweeper:
             self._cleaning_due = time.monotonic() + CLEANING_SECONDS
 
 
-def _nudge(waiting: jobs.Waiting) -> None:
+def _due(waiting: jobs.Waiting) -> Iterator[TaskName]:
     if waiting.jobs:
-        nudge("work")
+        yield "work"
     if waiting.admissions:
-        nudge("admit")
+        yield "admit"
     if waiting.files:
-        nudge("check_file")
+        yield "check_file"
     if waiting.pair_checks:
-        nudge("check_pair")
+        yield "check_pair"
 
 
 def _remove_leftovers(context: Context) -> None:
@@ -102,11 +111,10 @@ def _remove_leftovers(context: Context) -> None:
 
 
 def _old_folders(work_dir: Path) -> Iterator[Path]:
-    if not work_dir.is_dir():
-        return
-    for folder in work_dir.iterdir():
-        if time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS:
-            yield folder
+    for folder in work_dir.iterdir() if work_dir.is_dir() else ():
+        with suppress(FileNotFoundError):  # another sweep has just removed it, or an attempt has taken it over
+            if time.time() - folder.stat().st_mtime > LEFTOVER_SECONDS:
+                yield folder
 
 
 def _is_needed(context: Context, name: str) -> bool:
@@ -117,7 +125,7 @@ def _is_needed(context: Context, name: str) -> bool:
 def _need_of(folder: str) -> Select[str]:
     """What has to be there still for a folder of this name to be needed."""
     if not folder.startswith("check-"):
-        return select(Job.id).where(Job.id == folder, Job.status.not_in(jobs.TERMINAL))
+        return select(Job.id).where(Job.id == job_of(folder), Job.status.not_in(jobs.TERMINAL))
     checked = folder.removeprefix("check-").rpartition("-")[0]
     if checked.startswith("ftjob-"):  # the pair of a job that waits for its admission
         return select(Job.id).where(Job.id == checked, Job.status == "validating_files")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -16,8 +18,8 @@ from celery.signals import setup_logging, worker_ready, worker_shutdown, worker_
 from sqlalchemy import delete
 
 from core import jobs
-from core.broker import nudge
-from core.celery_app import celery
+from core.broker import Nudger, TaskName, nudge
+from core.celery_app import QUEUE_OF, celery
 from core.config import get_settings
 from core.db import open_database
 from core.ids import new_id
@@ -53,7 +55,12 @@ class WorkerProcess:
             device=self.lane.device,
             draining=threading.Event(),
         )
-        self.sweeper = Sweeper(self.context, self.row)
+        self.sweeper = Sweeper(self.context, self.row, self.announce)
+        #: Held by whoever works: the lane is one, and a message is not the only one who asks for it.
+        self.lane_lock = threading.Lock()
+        self._own_nudges = Nudger(self._work_unasked)
+        #: As Celery says when it ends.
+        self.exit_status: int | None = None
 
     def row(self) -> Worker:
         """What the database should know of this process."""
@@ -68,7 +75,25 @@ class WorkerProcess:
             draining=self.context.draining.is_set(),
         )
 
-    def forget(self) -> None:
+    def announce(self, task: TaskName) -> None:
+        """Something waits for `task`. An idle process whose task it is does it, with or without a broker; otherwise
+        whoever listens is told."""
+        if QUEUE_OF[task] == self.queue and not self.lane_lock.locked():
+            self._own_nudges.nudge(task)
+        else:
+            nudge(task)
+
+    def _work_unasked(self, task: TaskName) -> None:
+        try:
+            celery.tasks[task].run()
+        except Exception:  # the next sweep finds it waiting still
+            log.exception("task_crashed", task=task)
+
+    def leave(self) -> None:
+        """End what runs, and only then what says that this worker lives."""
+        self.context.draining.set()
+        with self.lane_lock:
+            self.sweeper.stop()
         with self.context.database.writing() as session:
             session.execute(delete(Worker).where(Worker.id == self.id))
             session.commit()
@@ -78,7 +103,21 @@ class WorkerProcess:
 process: WorkerProcess
 
 
-@celery.task(name="work")
+def _task(name: TaskName) -> Callable[[Callable[[], None]], Any]:
+    """Make a Celery task of a function: one that runs alone in its process, and no more once that is to leave."""
+
+    def register(function: Callable[[], None]) -> Any:
+        def run() -> None:
+            with process.lane_lock:
+                if not process.context.draining.is_set():
+                    function()
+
+        return celery.task(run, name=name)
+
+    return register
+
+
+@_task("work")
 def work() -> None:
     """Run jobs until none is left that this lane can hold."""
     while not process.context.draining.is_set():
@@ -96,18 +135,18 @@ def work() -> None:
         run(process.context, claim)
 
 
-@celery.task(name="admit")
+@_task("admit")
 def admit() -> None:
     admit_waiting(process.context)
 
 
-@celery.task(name="check_file")
+@_task("check_file")
 def check_file() -> None:
     if check_waiting(process.context):
         nudge("admit")
 
 
-@celery.task(name="check_pair")
+@_task("check_pair")
 def check_pair() -> None:
     """One check at a time: files and admissions that wait behind it come before the next one."""
     if check_next(process.context):
@@ -117,7 +156,9 @@ def check_pair() -> None:
 def main(queue: str) -> None:
     """Run a worker for `queue` in this process until it is told to stop."""
     global process
+    configure_logging(get_settings())  # Celery asks for it later than the first lines are said
     process = WorkerProcess(queue)
+    process.sweeper.start()  # not once Celery has its broker: what waits is in the database
     celery.worker_main(
         [
             "worker",
@@ -130,6 +171,7 @@ def main(queue: str) -> None:
             "--without-heartbeat",
         ]
     )
+    sys.exit(process.exit_status)
 
 
 @setup_logging.connect
@@ -138,8 +180,7 @@ def _keep_our_logging(**_: Any) -> None:
 
 
 @worker_ready.connect
-def _begin(**_: Any) -> None:
-    process.sweeper.start()
+def _ready(**_: Any) -> None:
     log.info("worker_ready", queue=process.queue, device=process.lane.device, memory_bytes=process.lane.memory_bytes)
 
 
@@ -149,6 +190,6 @@ def _drain(**_: Any) -> None:
 
 
 @worker_shutdown.connect
-def _leave(**_: Any) -> None:
-    process.sweeper.stop()
-    process.forget()
+def _leave(sender: Any, **_: Any) -> None:
+    process.exit_status = sender.exitcode
+    process.leave()

@@ -1,4 +1,8 @@
-"""The names of every file in a job's folder.
+"""The names of every file in a job's folder, and whose folder it is.
+
+Each attempt has a folder of its own, `JOB-aN`, and an attempt takes over what one before it left on this machine by
+renaming its folder: a finished step is not run again, and to one that lost its lease and wakes up too late its own
+paths lead nowhere. That holds because nothing below makes the folder itself: only `open_workspace` does.
 
 job.json            JobSpec
 inputs/             training, validation, probes/NAME; base and instruct are links, never copies; of a graft, delta/ is
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +31,38 @@ from core.job_spec import JobSpec
 
 #: Their work is taken up where a killed run left it, and they tell by themselves what is worth keeping.
 RESUMED_STEPS = frozenset({"graft"})
+
+
+#: Behind a job's id, and before the number of the attempt.
+_ATTEMPT = "-a"
+
+
+def open_workspace(work_dir: Path, job_id: str, attempt: int) -> Workspace:
+    """The attempt's own folder, with all in it that the newest attempt before it left; empty where none ran here."""
+    work_dir.mkdir(parents=True, exist_ok=True)
+    root = work_dir / f"{job_id}{_ATTEMPT}{attempt}"
+    while older := [number for number in _attempts(work_dir, job_id) if number < attempt]:
+        # An attempt that is waking just now, or the one whose lease follows on its, may be quicker: look again.
+        with suppress(FileNotFoundError):
+            (work_dir / f"{job_id}{_ATTEMPT}{max(older)}").rename(root)
+            return Workspace(root)
+    root.mkdir()
+    return Workspace(root)
+
+
+def remove_workspaces(work_dir: Path, job_id: str) -> None:
+    """The job has ended: what any of its attempts left here is needed no more."""
+    for attempt in _attempts(work_dir, job_id):
+        shutil.rmtree(work_dir / f"{job_id}{_ATTEMPT}{attempt}", ignore_errors=True)
+
+
+def job_of(folder: str) -> str:
+    """The job to which a folder of this name belongs."""
+    return folder.rpartition(_ATTEMPT)[0]
+
+
+def _attempts(work_dir: Path, job_id: str) -> list[int]:
+    return [int(folder.name.rpartition(_ATTEMPT)[2]) for folder in work_dir.glob(f"{job_id}{_ATTEMPT}*")]
 
 
 @dataclass(frozen=True)
@@ -148,7 +185,7 @@ class Workspace:
         folder = self.step(name)
         if name not in RESUMED_STEPS:
             shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         self.failure(name).unlink(missing_ok=True)
         self.log(name).parent.mkdir(exist_ok=True)
         return folder

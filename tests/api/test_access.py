@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import socket
+import sqlite3
 import time
+from contextlib import closing
 
 import httpx
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
+from sqlalchemy.engine import make_url
 
 from api import readiness
 from api.auth import OPEN_PATHS
@@ -17,7 +20,7 @@ from core.errors import NotFound
 from core.keys import revoke_key
 from core.models import Worker
 from tests.api.talk import routes, told
-from tests.servers import PLAIN, free_port, run_api
+from tests.servers import PLAIN, free_port, run_api, wait_until
 
 
 @pytest.fixture
@@ -212,6 +215,7 @@ def test_readiness_tells_which_workers_are_missing(fresh_settings, backend, tmp_
         with ran.database.writing() as session:
             shared = {"host": "h", "pid": 1, "device": "cpu", "lane_memory_bytes": 1, "version": "1"}
             session.add_all(Worker(id=f"worker-{queue}", queue=queue, **shared) for queue in ("jobs", "light"))
+            session.add(Worker(id="worker-leaving", queue="jobs", draining=True, **shared))
             session.commit()
         assert looked(ran) == (200, {"status": "ok", **fine, "workers": {"jobs": 1, "light": 1}})
 
@@ -224,6 +228,41 @@ def test_readiness_tells_of_a_broker_that_is_away_and_goes_on_serving(fresh_sett
         assert "next sweep" in answer["broker"]
 
 
+def test_a_broker_that_hangs_holds_up_nobody_who_asks(fresh_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(readiness, "PATIENCE_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = SecretStr(f"redis://127.0.0.1:{mute.getsockname()[1]}/0")
+        with fresh_settings("sqlite", tmp_path / "data", broker_url=url) as settings, run_api(settings) as ran:
+            for _ in range(2):
+                status, answer = looked(ran)
+                assert (status, answer["status"], answer["database"]) == (200, "degraded", "ok")
+                assert "next sweep" in answer["broker"]
+            began = time.monotonic()
+            for _ in range(20):
+                ran.http.get("/readyz")
+            assert time.monotonic() - began < 20 * 0.3  # the one look that hangs is waited for once
+
+
+def test_readiness_tells_of_a_database_that_takes_no_writes(fresh_settings, postgres, tmp_path):
+    with fresh_settings("postgresql", tmp_path / "data") as settings, run_api(settings) as ran:
+        name = make_url(settings.database).database
+        postgres.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        postgres.take_away(settings.database)
+        postgres.bring_back(settings.database)
+        status, answer = looked(ran)
+        assert (status, answer["status"], answer["database"]) == (503, "unavailable", "takes no writes")
+
+
+def test_a_database_whose_writer_is_frozen_holds_up_nobody_who_asks(fresh_settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(readiness, "PATIENCE_SECONDS", 0.3)
+    with fresh_settings("sqlite", tmp_path / "data") as settings, run_api(settings) as ran:
+        with closing(sqlite3.connect(settings.data_dir / "shadowft.db", isolation_level=None)) as writer:
+            writer.execute("BEGIN IMMEDIATE")
+            status, answer = looked(ran)
+            assert (status, answer["database"]) == (503, "does not answer")
+        assert wait_until(lambda: looked(ran)[0] == 200)
+
+
 def test_readiness_tells_of_a_schema_that_is_not_this_versions(fresh_settings, backend, tmp_path):
     with fresh_settings(backend, tmp_path / "data") as settings, run_api(settings) as ran:
         with ran.database.writing() as session:
@@ -234,9 +273,10 @@ def test_readiness_tells_of_a_schema_that_is_not_this_versions(fresh_settings, b
         assert answer["schema"].startswith("is older; this version needs ")
 
 
-def test_readiness_tells_of_a_full_disk(fresh_settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(readiness, "MIN_FREE_BYTES", 2**62)
+@pytest.mark.parametrize(("limit", "said"), [("MIN_FREE_BYTES", "MiB left"), ("MIN_FREE_FILES", "room for")])
+def test_readiness_tells_of_a_full_disk(fresh_settings, tmp_path, monkeypatch, limit, said):
+    monkeypatch.setattr(readiness, limit, 2**62)
     with fresh_settings("sqlite", tmp_path / "data") as settings, run_api(settings) as ran:
         status, answer = looked(ran)
         assert (status, answer["status"]) == (503, "unavailable")
-        assert "MiB left" in answer["disk"]
+        assert said in answer["disk"]

@@ -139,14 +139,14 @@ def test_a_full_disk_is_said_so_and_nothing_stays(fresh_settings, tmp_path):
         with client.http:
             before = traces(ran)
             too_much = client.http.post("/files", data={"purpose": "user_data"}, files={"file": ("r", b"x" * 2**24)})
-            told(too_much, 503, "storage_unavailable")
+            told(too_much, 503, "disk_full")
             assert traces(ran) == before
             declared = {"bytes": 5 * 2**20, "filename": "r", "mime_type": "text/jsonl", "purpose": "user_data"}
             upload = f"/uploads/{client.http.post('/uploads', json=declared).json()['id']}"
             part = client.http.post(f"{upload}/parts", files={"data": ("upload", b"x" * 5 * 2**20)}).json()["id"]
             told(client.http.post(f"{upload}/parts", files={"data": ("upload", b"x" * 5 * 2**20)}), 503)
             # The part lies there, and the whole file does not fit beside it.
-            told(client.http.post(f"{upload}/complete", json={"part_ids": [part]}), 503, "storage_unavailable")
+            told(client.http.post(f"{upload}/complete", json={"part_ids": [part]}), 503, "disk_full")
             client.http.post(f"{upload}/cancel")
             assert traces(ran) == before
             assert isinstance(client.upload(), str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
 from collections import Counter
 from queue import Empty
@@ -54,12 +55,6 @@ def test_messages_arrive_in_order_and_once(connect):
     assert list(take_all(connect())) == []
 
 
-def test_a_queue_that_nobody_reads_does_not_grow_for_ever(connect, monkeypatch):
-    monkeypatch.setattr(embedded_broker, "MAX_WAITING", 5)
-    put(connect(), *range(20))
-    assert list(take_all(connect())) == [0, 1, 2, 3, 4]
-
-
 def test_queues_do_not_mix(connect):
     put(connect(), "train", queue="jobs")
     put(connect(), "check", queue="light")
@@ -108,10 +103,25 @@ def test_a_message_that_is_none_is_dropped_and_the_next_one_arrives(connect, tmp
     assert list((tmp_path / "jobs").iterdir()) == []
 
 
-def test_a_half_written_message_is_not_seen(connect, tmp_path):
+def test_a_message_for_which_there_is_no_room_leaves_nothing(connect, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            put(connect(), "long")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "jobs").iterdir()) == []
+
+
+def test_what_a_dead_writer_left_is_removed_and_what_is_being_written_is_not(connect, tmp_path, monkeypatch):
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / ".writing").write_bytes(b"{")
     assert list(take_all(connect())) == []
+    assert (tmp_path / "jobs" / ".writing").exists()
+    monkeypatch.setattr(embedded_broker, "UNFINISHED_SECONDS", 0)
+    assert list(take_all(connect())) == []
+    assert not (tmp_path / "jobs" / ".writing").exists()
 
 
 def test_a_queue_can_be_counted_and_purged(connect):

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from core.checkpoints import read_checkpoint
-from core.fingerprint import model_fingerprint
+from core.fingerprint import content_sha256, model_fingerprint
 from core.job_spec import ModelSource
 from tests.core.test_pairs import write_model
 
@@ -52,3 +52,14 @@ def test_what_no_sample_shows_changes_it_too(folder, change):
     assert fingerprint(folder) == before
     change(folder / "model.safetensors")
     assert fingerprint(folder) != before
+
+
+def test_a_copy_elsewhere_has_the_same_content_and_another_model_has_not(folder, tmp_path):
+    def content(one):
+        return content_sha256(one, read_checkpoint(one))
+
+    before = content(folder)
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert content(tmp_path / "copy") == before
+    save_file({"w": np.zeros(3_000_000, dtype=np.float32)}, folder / "model.safetensors")
+    assert content(folder) != before

@@ -26,9 +26,12 @@ from hypothesis.stateful import (
 from sqlalchemy import delete, event, select, text
 
 from core import jobs
+from core.db import db_now
 from core.errors import Conflict, LeaseLost
+from core.ids import new_id
 from core.jobs import Claim
 from core.models import Artifact, File, Job, JobEvent, Metric, ResumePoint, Team
+from core.models import Worker as WorkerRow
 from tests.core.test_jobs import (
     CAUSE,
     UNDER_A_CLAIM,
@@ -50,13 +53,27 @@ FAILING_SEEDS: tuple[int, ...] = ()
 LEASE = 60.0
 MAX_LOST = 3
 
+#: What a return to the queue may be charged to, and all that a job's row counts.
+CHARGED = ("infra_retries", "stall_count", "disk_waits", "oom_level")
+BUDGETS = (*CHARGED, "lost_count")
+#: Those that a job has anew that has come further than ever.
+GIVEN_BACK = ("infra_retries", "stall_count", "disk_waits", "lost_count")
+
 #: Of each table, the moments that the verbs compare with the clock.
 MOMENTS = {"job": ("lease_until", "not_before", "finished_at"), "worker": ("beat_at",)}
 
 
 #: What a worker can do about its job.
 ACTS = (
-    *("beat", "progress", "enter_a_phase", "forget_old_states", "find_a_state_damaged", *["save_a_state"] * 4),
+    *(
+        "beat",
+        "progress",
+        "be_told_to_go",
+        "enter_a_phase",
+        "forget_old_states",
+        "find_a_state_damaged",
+        *["save_a_state"] * 4,
+    ),
     *(*["publish", "fail"] * 2, "drain", "meet_a_fault", "crash", *["obey"] * 3, *["freeze"] * 2),
 )
 
@@ -65,9 +82,12 @@ ACTS = (
 class Worker:
     """What one worker knows. A frozen one does nothing and learns nothing."""
 
+    id: str
     claim: Claim | None = None
     wish: str = "run"
     is_frozen: bool = False
+    #: It was told to go, and its row says so.
+    is_draining: bool = False
 
 
 @dataclass
@@ -78,9 +98,14 @@ class Known:
     #: Its status, attempt and events once it had ended: nothing leaves a terminal state.
     end: tuple[str, int, int] | None = None
     was_cancelled: bool = False
-    #: Steps of saved states that are whole.
-    points: set[int] = field(default_factory=set)
+    #: Of each saved state that is whole, by its step: the training that it is of.
+    points: dict[int, str] = field(default_factory=dict)
     step: int = 0
+    #: What the job trains, from its admission on.
+    training: str = ""
+    #: What of each budget is spent, and the seconds that were counted: a pause, a drain and a cancel change none.
+    spent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(BUDGETS, 0))
+    ran: float = 0.0
 
 
 class Life(RuleBasedStateMachine):
@@ -89,12 +114,13 @@ class Life(RuleBasedStateMachine):
     @initialize()
     def begin(self):
         with self.database.writing() as session:
-            for table in (Metric, Artifact, ResumePoint, JobEvent, Job, File, Team):
+            for table in (Metric, Artifact, ResumePoint, JobEvent, Job, File, Team, WorkerRow):
                 session.execute(delete(table))
             session.commit()
         self.team_id = make_team(self.database)
         self.known: dict[str, Known] = {}
-        self.workers = [Worker(), Worker()]
+        self.workers: list[Worker] = []
+        self.start_workers()
         self.claims: list[Claim] = []
         #: Nudges that nobody has taken yet.
         self.messages = 0
@@ -141,7 +167,7 @@ class Life(RuleBasedStateMachine):
             return
         assert before in jobs.RETRYABLE
         with self.database.reading() as session:
-            handed_on = {found.step for found in jobs.ready_points(session, again.id)}
+            handed_on = {found.step: found.spec_sha256 for found in jobs.ready_points(session, again.id)}
         self.known[again.id] = Known(points=handed_on, step=max(handed_on, default=0))
 
     def owner(self):
@@ -180,16 +206,22 @@ class Life(RuleBasedStateMachine):
     # --- admission --------------------------------------------------------------------------------------------------
 
     def admit(self):
-        self.settle(self.any_of(self.known), self.any_of([*["admit"] * 6, "refuse", "postpone"]))
+        answer = self.any_of([*["admit"] * 6, "refuse", "postpone"])
+        self.settle(self.any_of(self.known), answer, seed=self.any_of([1, 1, 2]))
 
-    def settle(self, job_id, answer):
+    def settle(self, job_id, answer, seed=1):
         before = self.status(job_id)
         if answer == "admit":
-            act(self.database, jobs.admit, job_id, make_spec(job_id), memory_bytes=1)
+            spec = make_spec(job_id).model_copy(update={"seed": seed})
+            if act(self.database, jobs.admit, job_id, spec, memory_bytes=1):
+                self.known[job_id].training = spec.training_sha256
+                self.known[job_id].spent["infra_retries"] = 0
         elif answer == "refuse":
             act(self.database, jobs.refuse, job_id, CAUSE)
         else:
             act(self.database, jobs.postpone, job_id, CAUSE, max_retries=3)
+            if before == self.status(job_id) == "validating_files":
+                self.known[job_id].spent["infra_retries"] += 1
         assert before == "validating_files" or self.status(job_id) == before
 
     # --- the broker -------------------------------------------------------------------------------------------------
@@ -204,12 +236,12 @@ class Life(RuleBasedStateMachine):
 
     @property
     def idle(self):
-        return [worker for worker in self.workers if not worker.claim and not worker.is_frozen]
+        return [worker for worker in self.workers if not (worker.claim or worker.is_frozen or worker.is_draining)]
 
     def take_a_job(self):
         """As a worker does also after a job, without a message."""
         worker = self.idle[0]
-        held = claim(self.database, f"worker-{self.workers.index(worker)}", lease=LEASE)
+        held = claim(self.database, worker.id, lease=LEASE)
         if held is None:
             return
         assert held.attempt == self.known[held.job_id].attempt + 1
@@ -226,7 +258,9 @@ class Life(RuleBasedStateMachine):
         return [worker for worker in self.workers if worker.claim and not worker.is_frozen]
 
     def beat(self, worker):
-        self.do(worker, jobs.beat, lease_seconds=LEASE, ran_seconds=1)
+        known = self.known[worker.claim.job_id]
+        if self.do(worker, jobs.beat, lease_seconds=LEASE, ran_seconds=1):
+            known.ran += 1
 
     def progress(self, worker):
         self.do(worker, jobs.record, progress={"step": 1}, metrics=[{"step": 1}], events=[jobs.NewEvent("Step 1")])
@@ -237,21 +271,23 @@ class Life(RuleBasedStateMachine):
     def save_a_state(self, worker):
         known = self.known[worker.claim.job_id]
         known.step += 1
-        if self.do(worker, jobs.add_point, point(worker.claim, known.step)):
-            known.points.add(known.step)
+        if self.do(worker, jobs.add_point, point(worker.claim, known.step, spec_sha256=known.training)):
+            known.points[known.step] = known.training
+            known.spent |= dict.fromkeys(GIVEN_BACK, 0)
 
     def forget_old_states(self, worker):
         """Once the newest was read back."""
         known = self.known[worker.claim.job_id]
-        if self.do(worker, jobs.drop_old_points):
-            known.points = set(sorted(known.points)[-2:])
+        if self.do(worker, jobs.drop_old_points, point(worker.claim, spec_sha256=known.training)):
+            fitting = sorted(step for step, training in known.points.items() if training == known.training)
+            known.points = dict.fromkeys(fitting[-2:], known.training)
 
     def find_a_state_damaged(self, worker):
         known = self.known[worker.claim.job_id]
         with self.database.reading() as session:
             found = jobs.ready_points(session, worker.claim.job_id)
         if found and self.do(worker, jobs.set_point_aside, found[0], "It is damaged"):
-            known.points.discard(found[0].step)
+            del known.points[found[0].step]
 
     def publish(self, worker):
         job_id = worker.claim.job_id
@@ -267,17 +303,51 @@ class Life(RuleBasedStateMachine):
         elif worker.wish == "pause":
             self.leave(worker, jobs.put_back, None)
 
+    def be_told_to_go(self, worker):
+        """It says so in its row, and may be ended before it has given its job back."""
+        worker.is_draining = True
+        self.tell_of(worker)
+
     def drain(self, worker):
+        self.be_told_to_go(worker)
         self.leave(worker, jobs.put_back, "The worker is shutting down")
 
     def meet_a_fault(self, worker):
-        self.leave(worker, jobs.put_back, "Something failed", charge="oom_level", delay_seconds=30)
+        known, budget = self.known[worker.claim.job_id], self.any_of(CHARGED)
+        was_cancelled = known.was_cancelled
+        if self.leave(worker, jobs.put_back, "Something failed", charge=budget, delay_seconds=30) and not was_cancelled:
+            known.spent[budget] += 1
 
     def fail(self, worker):
         self.leave(worker, jobs.fail, CAUSE)
 
     def crash(self, worker):
-        worker.claim = None
+        """Its row stays, and another worker takes its place."""
+        self.workers[self.workers.index(worker)] = self.new_worker()
+
+    def start_workers(self):
+        self.workers = [self.new_worker(), self.new_worker()]
+
+    def new_worker(self):
+        worker = Worker(id=new_id("worker-"))
+        self.tell_of(worker)
+        return worker
+
+    def tell_of(self, worker):
+        """As every worker does at each of its sweeps."""
+        row = WorkerRow(
+            id=worker.id,
+            host="h",
+            pid=1,
+            queue="jobs",
+            device="cpu",
+            lane_memory_bytes=1,
+            version="1",
+            draining=worker.is_draining,
+        )
+        with self.database.writing() as session:
+            session.merge(row).beat_at = db_now()
+            session.commit()
 
     def freeze(self, worker):
         worker.is_frozen = True
@@ -315,8 +385,12 @@ class Life(RuleBasedStateMachine):
         return True
 
     def leave(self, worker, verb, *args, **kwargs):
-        if worker.claim and self.do(worker, verb, *args, **kwargs):
-            worker.claim = None
+        if not worker.claim or not self.do(worker, verb, *args, **kwargs):
+            return False
+        worker.claim = None
+        if worker.is_draining:  # it has nothing left to do here
+            self.crash(worker)
+        return True
 
     def is_live(self, held):
         job = read(self.database, held.job_id)
@@ -327,7 +401,7 @@ class Life(RuleBasedStateMachine):
     # --- time and the sweep -----------------------------------------------------------------------------------------
 
     def time_passes(self):
-        self.advance(self.any_of([1, 61, 61, 8 * 24 * 3600]))
+        self.advance(self.any_of([1, 40, 61, 61, 8 * 24 * 3600]))  # 40: the lease holds, and its worker is silent
 
     def advance(self, seconds):
         on_sqlite = self.database.engine.dialect.name == "sqlite"
@@ -339,13 +413,27 @@ class Life(RuleBasedStateMachine):
             session.commit()
 
     def sweep(self):
+        for worker in self.workers:
+            if not worker.is_frozen:
+                self.tell_of(worker)
+        lost = self.about_to_be_lost()
         found = sweep(self.database, MAX_LOST)
+        for job_id in lost:
+            if self.status(job_id) in {"queued", "paused"}:
+                self.known[job_id].spent["lost_count"] += 1
         assert not any(self.is_live(held) for held in self.claims if held.job_id in found.lost)
         self.messages += found.jobs
         assert found.jobs == self.something_is_due()
         gone = act(self.database, jobs.drop_ended_points)
         with self.database.reading() as session:
             assert not set(gone) & set(session.scalars(select(ResumePoint.prefix)))
+
+    def about_to_be_lost(self):
+        """Jobs whose workers are gone or asleep and were not told to go."""
+        going = select(WorkerRow.id).where(WorkerRow.draining)
+        over = (Job.status == "running", Job.lease_until <= db_now(), Job.worker_id.not_in(going))
+        with self.database.reading() as session:
+            return list(session.scalars(select(Job.id).where(*over)))
 
     def something_is_due(self):
         with self.database.reading() as session:
@@ -378,7 +466,9 @@ class Life(RuleBasedStateMachine):
         assert published == (job.status == "succeeded"), "one result, and only of a success"
         assert (job.lease_until is not None) == (job.status == "running")
         assert job.wish != "pause" or job.status == "running"
-        assert job.lost_count <= MAX_LOST
+        assert job.lost_count < MAX_LOST
+        assert {name: getattr(job, name) for name in BUDGETS} == known.spent
+        assert job.run_seconds == known.ran
         if known.was_cancelled:
             assert job.status == "cancelled" or (job.status, job.wish) == ("running", "cancel")
         if job.status in jobs.TERMINAL:
@@ -386,14 +476,14 @@ class Life(RuleBasedStateMachine):
             known.end = known.end or now
             assert known.end == now
         else:
-            assert points == known.points, "a saved state went before its time, or stayed beyond it"
+            assert points == known.points.keys(), "a saved state went before its time, or stayed beyond it"
 
     # --- that every job can come to an end --------------------------------------------------------------------------
 
     def teardown(self):
         if not hasattr(self, "workers"):
             return
-        self.workers = [Worker(), Worker()]  # all of them die
+        self.start_workers()  # those that were there are dead
         for _ in range(6):
             for job_id in self.known:
                 if self.status(job_id) == "paused":

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 
 import pytest
-from sqlalchemy import delete, inspect, select, text, update
+from sqlalchemy import delete, event, inspect, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from core import jobs
@@ -82,17 +82,17 @@ def make_spec(job_id, *, kind="fine_tune", tuning="lora", left_out=None):
 
 def point(held, step=10, **values):
     """A saved state whose files are in storage."""
-    return ResumePoint(
-        id=new_id("rpt_"),
-        job_id=held.job_id,
-        attempt=held.attempt,
-        step=step,
-        spec_sha256=make_spec(held.job_id).training_sha256,
-        prefix=f"jobs/{held.job_id}/resume/a{held.attempt}/step-{step}",
-        bytes=1,
-        manifest={"step": step, "files": {}},
-        **values,
-    )
+    made = {
+        "id": new_id("rpt_"),
+        "job_id": held.job_id,
+        "attempt": held.attempt,
+        "step": step,
+        "spec_sha256": make_spec(held.job_id).training_sha256,
+        "prefix": f"jobs/{held.job_id}/resume/a{held.attempt}/step-{step}",
+        "bytes": 1,
+        "manifest": {"step": step, "files": {}},
+    }
+    return ResumePoint(**made | values)
 
 
 def outcome(job_id, team_id):
@@ -134,7 +134,8 @@ def claim(database, worker_id="worker-1", lane=10_000, lease=60.0):
 
 
 def sweep(database, max_lost_workers=3):
-    return act(database, jobs.sweep, max_lost_workers=max_lost_workers, stale_worker_seconds=60)
+    seconds = {"stale_worker_seconds": 60, "silent_lease_seconds": 30}
+    return act(database, jobs.sweep, max_lost_workers=max_lost_workers, **seconds)
 
 
 def expire(database, job_id):
@@ -226,7 +227,7 @@ def perform(database, verb, job_id):
         "request_resume": lambda: act(database, jobs.request_resume, job_id),
         "add_point": lambda: act(database, jobs.add_point, held, point(held)),
         "set_point_aside": lambda: act(database, jobs.set_point_aside, held, point(held), "It is damaged"),
-        "drop_old_points": lambda: act(database, jobs.drop_old_points, held),
+        "drop_old_points": lambda: act(database, jobs.drop_old_points, held, point(held)),
     }
     with suppress(LeaseLost, Conflict):
         calls[verb]()
@@ -314,11 +315,31 @@ def test_what_a_step_said_is_kept_and_a_step_trained_again_overwrites(database):
     job_id = make_job(database, make_team(database))
     held = claim(database)
     for loss in (2.0, 1.0):
-        metrics = [{"step": 1, "train_loss": loss}]
+        metrics = [{"step": 1, "train_loss": 9.0}, {"step": 1, "train_loss": loss}]
         act(database, jobs.record, held, progress={"step": 1}, metrics=metrics, events=[NewEvent(f"loss {loss}")])
     with database.reading() as session:
         assert session.scalars(select(Metric.data)).all() == [{"step": 1, "train_loss": 1.0}]
     assert messages(database, job_id)[-2:] == ["loss 2.0", "loss 1.0"]
+
+
+def test_however_much_a_step_said_it_is_as_many_statements(database):
+    """The lease's beat waits for them, and a slow database may take seconds for each."""
+    make_job(database, make_team(database))
+    held = claim(database)
+
+    def statements(metrics):
+        asked = []
+
+        def hear(_connection, _cursor, statement, *_):
+            asked.append(statement.split("VALUES")[0])
+
+        event.listen(database.engine, "before_cursor_execute", hear)
+        act(database, jobs.record, held, progress={"step": 1}, metrics=metrics, events=[NewEvent("x")] * len(metrics))
+        event.remove(database.engine, "before_cursor_execute", hear)
+        return asked
+
+    few, many = statements([{"step": 1}]), statements([{"step": step} for step in range(50)])
+    assert few == many
 
 
 def test_a_phase_begins_without_the_progress_of_the_one_before(database):
@@ -355,7 +376,7 @@ UNDER_A_CLAIM = {
     "put_back": lambda s, held, team: jobs.put_back(s, held, "why", charge="oom_level", delay_seconds=9),
     "add_point": lambda s, held, team: jobs.add_point(s, held, point(held)),
     "set_point_aside": lambda s, held, team: jobs.set_point_aside(s, held, point(held), "It is damaged"),
-    "drop_old_points": lambda s, held, team: jobs.drop_old_points(s, held),
+    "drop_old_points": lambda s, held, team: jobs.drop_old_points(s, held, point(held)),
 }  # fmt: skip
 
 
@@ -704,6 +725,17 @@ def test_owners_who_pause_resume_and_cancel_at_once_leave_one_state(database):
         assert sum(said == "The job has been cancelled" for said in messages(database, job_id)) == 1
 
 
+def test_a_worker_that_is_ended_while_it_drains_costs_its_job_nothing(database):
+    job_id = make_job(
+        database, make_team(database), "running", worker_id="worker-1", lost_count=2, lease_until=db_now(-1)
+    )
+    row = {"host": "h", "pid": 1, "queue": "jobs", "device": "cpu", "lane_memory_bytes": 1, "version": "1"}
+    act(database, lambda session: session.add(Worker(id="worker-1", draining=True, **row)))
+    assert sweep(database).lost == [job_id]
+    job = read(database, job_id)
+    assert (job.status, job.lost_count) == ("queued", 2)
+
+
 # --- saved states, and jobs run again --------------------------------------------------------------------------------
 
 
@@ -722,12 +754,33 @@ def test_the_newest_saved_states_are_kept_and_the_others_are_to_be_deleted(datab
     held = claim(database)
     save(database, held, 10, 20, 30)
     save(database, held, 40, status="bad")
-    assert act(database, jobs.drop_old_points, held) == [
+    assert act(database, jobs.drop_old_points, held, point(held, 30)) == [
         f"jobs/{job_id}/resume/a1/step-10",
         f"jobs/{job_id}/resume/a1/step-40",
     ]
     assert saved(database, job_id) == [30, 20]
     assert messages(database, job_id)[-1] == "Saved the training's state at step 40"
+
+
+def test_saved_states_of_another_training_make_room_for_those_of_this_one(database):
+    """As of a job that is run again, whose model or defaults have changed meanwhile."""
+    job_id = make_job(database, make_team(database))
+    held = claim(database)
+    save(database, held, 300, 400, spec_sha256="of another training")
+    save(database, held, 10)
+    assert len(act(database, jobs.drop_old_points, held, point(held, 10))) == 2
+    assert saved(database, job_id) == [10]
+
+
+def test_a_saved_state_that_is_recorded_twice_is_there_once(database):
+    """Of the first commit only the answer was lost."""
+    job_id = make_job(database, make_team(database))
+    held = claim(database)
+    one = point(held, 10)
+    for _ in range(2):
+        act(database, jobs.add_point, held, point(held, 10, id=one.id))
+    assert saved(database, job_id) == [10]
+    assert sum("at step 10" in said for said in messages(database, job_id)) == 1
 
 
 def test_a_saved_state_set_aside_is_not_gone_on_from(database):
@@ -814,9 +867,25 @@ def test_what_a_return_to_the_queue_costs_is_counted_where_it_belongs(database):
         act(database, jobs.put_back, claim(database), budget, charge=budget)
         with database.reading() as session:
             assert getattr(jobs.budgets(session, job_id), budget) == 1
-    save(database, claim(database), 10)
-    with database.reading() as session:  # it gets on again
-        assert jobs.budgets(session, job_id) == jobs.Budgets(1, 1, 0, 1)
+
+
+def test_a_job_that_gets_on_gets_its_budgets_back_and_one_that_goes_in_circles_does_not(database):
+    job_id = make_job(database, make_team(database))
+    budgets = ("infra_retries", "stall_count", "disk_waits", "oom_level", "lost_count")
+
+    def spent_after(*steps):
+        with database.writing() as session:
+            session.execute(update(Job).where(Job.id == job_id).values(dict.fromkeys(budgets, 1)))
+            session.commit()
+        save(database, held, *steps)
+        job = read(database, job_id)
+        return [name for name in budgets if getattr(job, name)]
+
+    held = claim(database)
+    assert spent_after(10) == ["oom_level"]
+    assert spent_after(20) == ["oom_level"]
+    assert spent_after(15, 20) == list(budgets)
+    assert spent_after(21) == ["oom_level"]
 
 
 def test_waits_for_room_on_a_disk_grow_to_a_quarter_of_an_hour():
@@ -865,6 +934,18 @@ def test_a_sweep_ends_what_was_to_be_cancelled_when_its_worker_died(database):
     expire(database, job_id)
     sweep(database, max_lost_workers=1)
     assert read(database, job_id).status == "cancelled"
+
+
+def test_a_cancel_does_not_wait_out_the_lease_of_a_worker_that_has_fallen_silent(database):
+    team_id = make_team(database)
+    silent, beating, _not_cancelled = (make_job(database, team_id) for _ in range(3))
+    held = [claim(database, lease=20), claim(database, lease=60), claim(database, lease=20)]
+    for job_id in (silent, beating):
+        act(database, jobs.request_cancel, job_id)
+    assert sweep(database).lost == [silent]
+    assert [read(database, one.job_id).status for one in held] == ["cancelled", "running", "running"]
+    with pytest.raises(LeaseLost):
+        act(database, jobs.beat, held[0], lease_seconds=60)
 
 
 def test_sweeps_at_once_take_a_job_back_once(database):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import os
 import resource
 from contextlib import contextmanager
@@ -11,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.errors import Unavailable
-from core.storage import LocalStorage
+from core.errors import LeaseLost, Unavailable
+from core.storage import COPY_BYTES, LocalStorage
 
 
 @pytest.fixture
@@ -76,32 +78,48 @@ def test_a_second_object_of_the_name_replaces_the_first_whole(storage):
 def test_a_file_is_adopted_by_copy(storage, tmp_path):
     source = tmp_path / "source"
     source.write_bytes(os.urandom(5_000_000))
-    stored = storage.adopt("jobs/1/model", source)
+    with source.open("rb") as file:
+        stored = storage.adopt("jobs/1/model", file)
     source.write_bytes(b"changed later")
     assert stored.bytes == 5_000_000
     assert hashlib.sha256(storage.path("jobs/1/model").read_bytes()).hexdigest() == stored.sha256
 
 
-def test_a_source_that_cannot_be_read_leaves_nothing(storage, tmp_path):
-    with pytest.raises(FileNotFoundError):
-        storage.adopt("one", tmp_path / "absent")
+def test_what_is_adopted_can_be_broken_off_at_any_piece_and_leaves_nothing(storage):
+    asked = []
+
+    def check():
+        asked.append(1)
+        if len(asked) == 3:
+            raise LeaseLost("taken")
+
+    with pytest.raises(LeaseLost):
+        storage.adopt("jobs/1/model", io.BytesIO(bytes(3 * COPY_BYTES)), check=check)
     assert everything(storage) == []
 
 
+def test_a_source_that_cannot_be_read_leaves_nothing(storage, tmp_path):
+    with (tmp_path / "source").open("wb") as file, pytest.raises(io.UnsupportedOperation):
+        storage.adopt("one", file)
+    assert everything(storage) == []
+
+
+@pytest.mark.parametrize("key", ["../one", "jobs/1/resume/l/../../../../one", "/etc/one"])
+def test_a_key_that_leads_out_of_the_storage_is_refused(storage, key):
+    with pytest.raises(ValueError, match="leads out"):
+        storage.receive(key)
+
+
 def test_a_fetched_object_is_readable_and_a_second_fetch_is_fine(storage, tmp_path):
-    source = tmp_path / "source"
-    source.write_bytes(b"rows")
-    storage.adopt("one", source)
+    storage.adopt("one", io.BytesIO(b"rows"))
     for _ in range(2):
-        storage.fetch("one", tmp_path / "work" / "inputs" / "file")
-    assert (tmp_path / "work" / "inputs" / "file").read_bytes() == b"rows"
+        storage.fetch("one", tmp_path / "inputs" / "file")
+    assert (tmp_path / "inputs" / "file").read_bytes() == b"rows"
 
 
-def test_deleting_takes_one_object_or_all_below_a_prefix_and_does_not_mind_absence(storage, tmp_path):
-    source = tmp_path / "source"
-    source.write_bytes(b"x")
+def test_deleting_takes_one_object_or_all_below_a_prefix_and_does_not_mind_absence(storage):
     for key in ("jobs/1/a1/model/w", "jobs/1/a1/card", "jobs/1/a2/card", "files/1"):
-        storage.adopt(key, source)
+        storage.adopt(key, io.BytesIO(b"x"))
     storage.delete("jobs/1/a1")
     storage.delete("files/1")
     storage.delete("files/absent")
@@ -139,3 +157,19 @@ def test_a_folder_that_cannot_be_made_is_said_so(tmp_path):
     (tmp_path / "storage").write_text("a file in the way")
     with pytest.raises(Unavailable):
         LocalStorage(tmp_path / "storage").receive("files/one")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.ENOSPC, "disk_full"), (errno.EDQUOT, "disk_full"), (errno.EROFS, "storage_unavailable")]
+)
+def test_only_a_full_disk_is_called_so(storage, monkeypatch, number, code):
+    """The one passes once somebody makes room, the other may stay for ever."""
+
+    def refuse(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    incoming = storage.receive("one")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(Unavailable) as caught:
+        incoming.keep()
+    assert caught.value.code == code

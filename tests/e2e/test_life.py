@@ -6,6 +6,7 @@ import os
 import signal
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,15 @@ def freeze_outside_of_writing(ready: Ready, worker: psutil.Process) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_child_fails_the_job_with_a_cause(own: Ready):
+def test_a_killed_child_is_tried_again_and_then_fails_the_job_with_a_cause(own: Ready):
+    """A single row at a time needs no less memory another time; but who killed it once may not come again."""
     job = start_training(own)
     (child,) = processes(own, "worker.steps.train")
-
+    child.kill()
+    follow(own, job.id, lambda found: found.status == "queued")
+    do_not_wait(own, job.id)
+    follow(own, job.id, lambda found: found.phase == "training" and (found.progress or {}).get("step"))
+    (child,) = processes(own, "worker.steps.train")
     child.kill()
 
     ended = follow(own, job.id, has_ended)
@@ -134,6 +140,12 @@ def test_a_killed_child_fails_the_job_with_a_cause(own: Ready):
 
 
 @pytest.mark.slow
+def do_not_wait(ready: Ready, job_id: str) -> None:
+    """What the job is to wait for passes at once."""
+    with closing(sqlite3.connect(ready.data_dir / "shadowft.db", timeout=10)) as database, database:
+        database.execute("UPDATE job SET not_before = NULL WHERE id = ?", [job_id])
+
+
 def test_a_stopped_service_puts_its_job_back(own: Ready):
     job = start_training(own)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
@@ -14,9 +15,11 @@ from core.models import Artifact, File, Job, JobEvent, ResumePoint
 from core.storage import LocalStorage
 from tests.faults.faults import TERMINAL, Service, read_json
 from tests.faults.toy_step import chain
-from tests.servers import wait_until
+from worker.workspace import job_of
 
 STATES = {*TERMINAL, "validating_files", "queued", "running", "paused"}
+#: Sweeps remove what is left within so long.
+LEFTOVERS_SECONDS = 30.0
 #: The last event of a job, by its end.
 LAST_WORDS = {
     "succeeded": "The job has successfully completed",
@@ -28,9 +31,11 @@ LAST_WORDS = {
 def check(service: Service) -> None:
     """Fails with everything that does not hold. What a sweep removes may be there for a few sweeps more."""
     wrong = [*_jobs(service), *_attempts(service)]
-    assert wrong == []
-    wait_until(lambda: not list(_leftovers(service)), seconds=30, every=0.5) if any(_leftovers(service)) else None
-    assert list(_leftovers(service)) == []
+    assert not wrong, wrong
+    end = time.monotonic() + LEFTOVERS_SECONDS
+    while left := list(_leftovers(service)):
+        assert time.monotonic() < end, left
+        time.sleep(0.5)
 
 
 def _jobs(service: Service) -> Iterator[str]:
@@ -109,11 +114,11 @@ def _leftovers(service: Service) -> Iterator[str]:
         yield f"{overdue} jobs run without a lease"
     for process in service.children():
         workspace = process.cmdline()[-2].rpartition("/")[2] if len(process.cmdline()) > 2 else "?"
-        if workspace not in live:
+        if job_of(workspace) not in live:
             yield f"the child {process.pid} of {workspace} still runs"
     work = service.settings.work_dir
     for folder in work.iterdir() if work.is_dir() else ():
-        if folder.name not in live and not folder.name.startswith("check-"):
+        if job_of(folder.name) not in live and not folder.name.startswith("check-"):
             yield f"the workspace {folder.name} is left"
     for path in service.settings.storage_dir.rglob("*"):
         key = path.relative_to(service.settings.storage_dir).as_posix()

@@ -86,9 +86,9 @@ def on_servers(make_field) -> Field:
     return _mended(make_field("servers"))
 
 
-@pytest.fixture(params=["files", "servers"])
+@pytest.fixture(params=["files", pytest.param("servers", marks=pytest.mark.slow)])
 def field(request: pytest.FixtureRequest, make_field) -> Field:
-    """A test that takes this, or `service`, runs once on each."""
+    """A test that takes this, or `service`, runs once on each; on servers where all tests run."""
     return _mended(make_field(request.param))
 
 

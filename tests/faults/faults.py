@@ -13,6 +13,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -26,11 +27,11 @@ import httpx
 import psutil
 import pytest
 import redis
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from core.config import Settings
 from core.db import Database
-from core.models import Job, ResumePoint
+from core.models import Job, JobEvent, ResumePoint
 from core.schema import prepare
 from tests import servers
 from tests.servers import HOST, PLAIN, die_with_parent, ended, free_port, wait_until
@@ -104,9 +105,11 @@ class PostgresServer:
     def url_at(port: int) -> str:
         return f"postgresql+psycopg://postgres@{HOST}:{port}/postgres"
 
-    def start(self) -> None:
+    def start(self, *, clock: str = "") -> None:
+        """`clock`: how far its clock is from everybody else's (`+1h`)."""
         where = ["-D", self._data, "-h", HOST, "-p", str(self.port), "-k", "", "-c", "max_connections=200"]
-        self.process = servers._unprivileged([servers._postgres_program("postgres"), *where], at_death=signal.SIGQUIT)
+        command = [*(_with_clock(clock) if clock else []), servers._postgres_program("postgres"), *where]
+        self.process = servers._unprivileged(command, at_death=signal.SIGQUIT)
         server = servers.Postgres(self.port)
         wait_until(lambda: servers._answers(lambda: server.execute("SELECT 1")), seconds=60)
 
@@ -131,6 +134,13 @@ class PostgresServer:
             with ended(self.process, signal.SIGINT):
                 pass
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _with_clock(offset: str) -> list[str]:
+    found = list(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    if not found:
+        servers.missing("libfaketime is not installed")
+    return ["env", f"LD_PRELOAD={found[0]}", f"FAKETIME={offset}", "FAKETIME_DONT_FAKE_MONOTONIC=1"]
 
 
 class Proxy:
@@ -268,14 +278,13 @@ class Service:
     parts: dict[str, Part] = field(default_factory=dict)
     accepted: list[str] = field(default_factory=list)
 
-    def start(self, *names: str) -> None:
-        """`api`, `light`, `jobs`, `jobs-2`…; and wait until they are ready."""
+    def start(self, *names: str, **env: str) -> None:
+        """`api`, `light`, `jobs`, `jobs-2`…; and wait until they are ready. `env` is added to what they are given."""
         for name in names:
-            if name not in self.parts:
-                self.parts[name] = Part(name, self._command(name), self.env, self.data_dir / f"{name}.log")
+            self.parts[name] = Part(name, self._command(name), {**self.env, **env}, self.data_dir / f"{name}.log")
             self.parts[name].start()
         for name in names:
-            wait_until(lambda name=name: self._is_ready(name), seconds=60, every=0.1)
+            wait_until(lambda name=name: self._is_ready(name), seconds=120, every=0.1)
 
     def _command(self, name: str) -> list[str]:
         if name == "api":
@@ -345,8 +354,27 @@ class Service:
         return max(entry.step for entry in self.diary() if entry.job == job_id)
 
     def has_point(self, job_id: str) -> bool:
+        return bool(self.points(job_id))
+
+    def points(self, job_id: str) -> list[ResumePoint]:
+        """What was saved of a job and is on record, the newest first."""
         with self.database.reading() as session:
-            return session.scalar(select(ResumePoint.id).where(ResumePoint.job_id == job_id).limit(1)) is not None
+            found = select(ResumePoint).where(ResumePoint.job_id == job_id).order_by(ResumePoint.step.desc())
+            return list(session.scalars(found))
+
+    def said(self, job_id: str) -> list[str]:
+        with self.database.reading() as session:
+            found = select(JobEvent.message).where(JobEvent.job_id == job_id).order_by(JobEvent.seq)
+            return list(session.scalars(found))
+
+    def bring_forward(self, job_id: str) -> None:
+        """What is tried again later is tried again now."""
+        with self.database.writing() as session:
+            session.execute(update(Job).where(Job.id == job_id).values(not_before=None))
+            session.commit()
+
+    def first_step(self, job_id: str, attempt: int) -> int:
+        return min(entry.step for entry in self.diary() if (entry.job, entry.attempt) == (job_id, attempt))
 
     def holder(self, job_id: str) -> Part:
         """The worker that has the job."""
@@ -366,7 +394,7 @@ class Service:
         return [process for process in found if process.ppid() == self.parts[name].pid]
 
     def diary(self) -> list[Entry]:
-        path = self.data_dir / "diary"
+        path = self.data_dir / "toys" / "diary"
         if not path.exists():
             return []
         return [Entry(*line.split()) for line in path.read_text().splitlines() if line.count(" ") == 3]
@@ -438,6 +466,69 @@ def can_write(database: Path, *, seconds: float = 1.0) -> bool:
 
 def read_json(path: Path) -> Any:
     return json.loads(path.read_bytes())
+
+
+@dataclass
+class Injected:
+    """What a tracer writes down of the calls that it makes fail."""
+
+    log: Path
+
+    def __bool__(self) -> bool:
+        return "(INJECTED)" in self.log.read_text()
+
+
+@contextmanager
+def failing_calls(
+    process: int, fault: str, *, below: Path | None = None, threads_only: bool = False
+) -> Iterator[Injected]:
+    """Kernel calls of a process and of its children fail as strace's `inject` says: `fsync:error=EIO`. `below`: only
+    those on this file. `threads_only`: those of children pass, and of threads that begin later."""
+    program = shutil.which("strace")
+    if program is None:
+        servers.missing("strace is not installed")
+    with tempfile.TemporaryDirectory(prefix="shadowft-strace-") as folder:
+        log = Path(folder) / "log"
+        command = [
+            str(program),
+            "-qq",
+            "-o",
+            str(log),
+            "-e",
+            f"trace={fault.partition(':')[0]}",
+            "-e",
+            f"inject={fault}",
+        ]
+        command += ["-P", str(below)] if below else []
+        wanted = [int(task.name) for task in Path(f"/proc/{process}/task").iterdir()]
+        command += [f"--attach={task}" for task in wanted] if threads_only else ["-f", f"--attach={process}"]
+        tracer = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=die_with_parent())
+        with ended(tracer, signal.SIGTERM), tracer.stderr:  # type: ignore[union-attr]
+            wait_until(lambda: tracer.poll() is not None or all(_is_traced(process, task) for task in wanted))
+            if tracer.poll() is not None:
+                assert tracer.stderr is not None
+                pytest.skip(f"no process can be traced here: {tracer.stderr.read().decode().strip()}")
+            yield Injected(log)
+
+
+def _is_traced(process: int, task: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/task/{task}/status").read_text()
+    except OSError:  # it has ended meanwhile
+        return True
+    return "TracerPid:\t0\n" not in status
+
+
+def fill(disk: Path) -> Path:
+    """The file that takes all that is left of the disk but a page."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"x" * 65536)
+    with ballast.open("ab", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    return ballast
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -18,11 +19,16 @@ from sqlalchemy import select
 
 from core.models import Job
 from tests.faults.checker import check
-from tests.faults.faults import ROOT, can_write
+from tests.faults.faults import ROOT, Proxy, can_write, run_faulty
 from tests.servers import HOST, die_with_parent, wait_until
 
 #: They share their services.
 pytestmark = pytest.mark.xdist_group("faults")
+
+#: No request that cannot be answered just now waits for longer.
+FAST_SECONDS = 10.0
+#: Requests at once: more than the API has connections, and less than it has threads.
+MANY = 25
 
 
 def answers(service) -> int:
@@ -55,6 +61,8 @@ def test_a_database_that_dies_in_the_middle_of_a_job_and_comes_back_in_time_cost
     service.wait(service.accepted)
     check(service)
     assert service.statuses([job_id]) == ["succeeded"]
+    job = service.job(job_id)
+    assert (job.attempt, job.lost_count, job.infra_retries) == (1, 0, 0)
 
 
 @pytest.mark.slow
@@ -107,18 +115,22 @@ def check_but_unheard(service):
 
 
 @pytest.mark.slow
-def test_a_slow_database_costs_no_lease(on_servers):
-    """F33: every word to it takes a fifth of a second, so that a beat takes a good part of its interval."""
-    service = on_servers.service
-    (job_id,) = service.submit(steps=40, seconds=0.1)
-    service.wait_for_step(job_id)
-    on_servers.to_postgres.delay = 0.2
-    try:
+def test_a_slow_database_costs_no_lease(on_servers, tmp_path):
+    """F33: every word to it takes two seconds, and the training writes figures all the time."""
+    on_servers.postgres.execute("CREATE DATABASE slow")
+    line = Proxy(on_servers.postgres.port)
+    url = on_servers.postgres.url_at(line.port).replace("/postgres", "/slow")
+    patient = {"lease_seconds": "30", "beat_seconds": "3", "sweep_seconds": "3", "save_seconds": "3"}
+    with closing(line), run_faulty(tmp_path / "data", database_url=url, **patient) as service:
+        service.start("api", "light", "jobs")
+        (job_id,) = service.submit(steps=300, seconds=0.2)
+        service.wait_for_step(job_id)
+        line.delay = 2.0
+        time.sleep(60)
+        line.delay = 0.0
         service.wait([job_id], seconds=90)
-    finally:
-        on_servers.to_postgres.delay = 0.0
-    check(service)
-    assert (service.job(job_id).attempt, service.statuses([job_id])) == (1, ["succeeded"])
+        check(service)
+        assert (service.job(job_id).attempt, service.statuses([job_id])) == (1, ["succeeded"])
 
 
 @pytest.mark.slow
@@ -137,7 +149,7 @@ def test_a_line_to_the_database_that_swallows_everything_is_found_dead(on_server
 
 @pytest.mark.slow
 def test_connections_that_are_all_taken_make_requests_fail_fast_and_no_job_fail(on_servers):
-    """F34."""
+    """F34: those of the server."""
     service, postgres = on_servers.service, on_servers.postgres
     (job_id,) = service.submit(steps=40, seconds=0.1)
     service.wait_for_step(job_id)
@@ -148,13 +160,65 @@ def test_connections_that_are_all_taken_make_requests_fail_fast_and_no_job_fail(
                 taken.append(psycopg.connect(host=HOST, port=postgres.port, user="postgres", dbname="postgres"))
         began = time.monotonic()
         assert answers(service) in {200, 503}
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < FAST_SECONDS
         service.wait([job_id])
     finally:
         for connection in taken:
             connection.close()
     check(service)
     assert service.job(job_id).attempt == 1
+
+
+@pytest.mark.slow
+def test_requests_beyond_the_apis_connections_are_refused_fast_while_the_others_wait(on_servers):
+    """F34: those of the API. Somebody holds a table that no worker reads, so that whoever asks for it waits with his
+    connection."""
+    service, postgres = on_servers.service, on_servers.postgres
+    (job_id,) = service.submit(steps=200, seconds=0.1)
+    service.wait_for_step(job_id)
+
+    def ask(_):
+        with service.http as http:
+            began = time.monotonic()
+            return http.get("/v1/pairs").status_code, time.monotonic() - began
+
+    holder = psycopg.connect(host=HOST, port=postgres.port, user="postgres", dbname="postgres")
+    with closing(holder), ThreadPoolExecutor(MANY) as pool:
+        holder.execute("LOCK TABLE pair IN ACCESS EXCLUSIVE MODE")
+        asked = [pool.submit(ask, number) for number in range(MANY)]
+        refused = [one.result() for one in wait(asked, timeout=FAST_SECONDS).done]
+        holder.rollback()
+        heard = [one.result() for one in asked if one.result() not in refused]
+    assert {status for status, _ in refused} == {503}
+    assert {status for status, _ in heard} == {200}
+    service.wait([job_id])
+    check(service)
+    assert service.job(job_id).attempt == 1
+
+
+# --- clocks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clock", ["+1h", "-1h"])
+def test_processes_whose_clocks_are_an_hour_from_the_databases_lose_no_lease_and_take_none(on_servers, clock):
+    """F37: leases are compared by the database's clock alone."""
+    service, postgres = on_servers.service, on_servers.postgres
+    service.submit()
+    service.start("jobs-2")
+    service.wait(service.accepted)
+    postgres.crash()
+    postgres.start(clock=clock)
+    try:
+        wait_until(lambda: answers(service) == 200)
+        ids = service.submit(4, steps=30, seconds=0.1)
+        service.wait(ids)
+        check(service)
+        assert set(service.statuses(ids)) == {"succeeded"}
+        assert {service.job(job_id).attempt for job_id in ids} == {1}
+    finally:
+        postgres.crash()
+        postgres.start()
 
 
 # --- locks ------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from sqlalchemy import func, select
 from core.ids import new_id
 from core.models import Job
 from tests.faults.checker import check
-from tests.faults.faults import MODEL
 from tests.servers import wait_until
 
 #: They share their services.
@@ -54,31 +53,3 @@ def test_a_job_whose_nudge_died_with_the_api_starts_at_the_next_sweep(service):
     service.accepted.append(newest)
     service.wait([newest], seconds=30)
     check(service)
-
-
-@pytest.mark.slow
-def test_an_api_without_descriptors_answers_again_once_it_has_some(service):
-    """F50."""
-    import resource
-
-    service.submit()
-    pid = service.parts["api"].pid
-    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (8, limits[1]))
-    codes = set()
-    with service.http as http:
-        for _ in range(5):
-            try:
-                body = {"model": MODEL, "training_file": service._file, "metadata": {"steps": "1"}}
-                answer = http.post("/v1/fine_tuning/jobs", json=body, timeout=3)
-            except httpx.TransportError:
-                continue
-            codes.add(answer.status_code)
-            if answer.status_code == 200:
-                service.accepted.append(answer.json()["id"])
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
-    wait_until(lambda: service.submit(), seconds=30)
-    service.wait(service.accepted)
-    check(service)
-    assert service.parts["api"].pid == pid
-    assert codes <= {200, 500, 503}

@@ -38,9 +38,8 @@ def test_a_killed_workers_job_goes_on_where_it_was_saved(service):
     service.start("jobs")
     service.wait([job_id])
     check(service)
-    second = [entry.step for entry in service.diary() if (entry.job, entry.attempt) == (job_id, 2)]
     assert service.statuses([job_id]) == ["succeeded"]
-    assert 1 < min(second) <= at_death + 1
+    assert 1 < service.first_step(job_id, 2) <= at_death + 1
 
 
 def test_a_frozen_worker_that_wakes_changes_nothing_any_more(service):
@@ -76,8 +75,7 @@ def test_a_worker_that_is_told_to_go_leaves_its_job_to_another_at_no_cost(servic
     service.start("jobs")
     service.wait([job_id])
     check(service)
-    second = [entry.step for entry in service.diary() if (entry.job, entry.attempt) == (job_id, 2)]
-    assert min(second) == done + 1
+    assert service.first_step(job_id, 2) == done + 1
 
 
 @pytest.mark.slow
@@ -123,10 +121,14 @@ def test_a_job_that_kills_its_workers_is_given_up_and_others_are_not(service):
 def test_two_workers_may_sweep_at_once_and_die_of_it(service):
     """F39: four sweep every half second, and one after the other is killed while jobs lose their leases."""
     service.start("jobs-2", "jobs-3")
-    ids = service.submit(12, steps=10, seconds=0.1)
-    for name in ("jobs", "jobs-2", "jobs-3") * 2:
+    ids = service.submit(6, steps=30, seconds=0.1)
+    for name in ("jobs", "jobs-2", "jobs-3"):
+        wait_until(lambda name=name: service.children(name), seconds=30)
         service.parts[name].kill()
         service.start(name)
     service.wait(ids, seconds=120)
     check(service)
     assert set(service.statuses(ids)) == {"succeeded"}
+    lost = {job_id: sum("stopped answering" in one for one in service.said(job_id)) for job_id in ids}
+    assert lost == {job_id: service.job(job_id).attempt - 1 for job_id in ids}
+    assert sum(lost.values()) >= 3  # three were killed; a busy machine may take more of them for dead

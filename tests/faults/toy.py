@@ -2,7 +2,8 @@
 
 Claims, leases, sweeps, children, storage and the broker are the service's own. Toys are: what is trained, what an
 admission looks at, and how soon leftovers are removed. A job's `metadata` says how many `steps` of how many `seconds`
-it takes, and how it is to `act`: `deaf` to SIGTERM, as `poison` to its worker, or to `fill` the disk.
+it takes, and how it is to `act`: `deaf` to SIGTERM, as `poison` to its worker, or to find no `memory` there at first.
+A file `admit-without-memory` in the data folder lets the next admission find none.
 """
 
 from __future__ import annotations
@@ -17,33 +18,39 @@ from typing import Any
 from sqlalchemy import select
 
 from core import jobs
+from core.config import get_settings
 from core.ids import new_id
 from core.jobs import Outcome
 from core.models import Artifact, File, Job
 from tests.core.test_jobs import make_spec
-from worker import pipeline, publish, sandbox, sweep, tasks
+from worker import cleaning, pipeline, publish, sandbox, sweep, tasks
 from worker.pipeline import Context, Run
 from worker.workspace import write_durably
 
 TOY_STEP = Path(__file__).with_name("toy_step.py")
+#: Where toys write down what they do, below the data folder.
+TOYS = "toys"
 #: Of a workspace, seconds: a test does not wait a minute for it.
 LEFTOVER_SECONDS = 3.0
-STRAYS_SECONDS = 3.0
+#: An object that nobody has written to for so long is a dead process's. A step's pauses are shorter.
+UNFINISHED_SECONDS = 3.0
+CLEANING_SECONDS = 1.0
 
 
 def tell(run: Run) -> None:
     """A job's story without models."""
-    run.workspace.inputs.mkdir(parents=True, exist_ok=True)
+    plan = _plan(run)
+    if plan["act"] == "memory" and run.claim.attempt == 1:
+        raise MemoryError
+    run.workspace.inputs.mkdir(exist_ok=True)
     write_durably(run.workspace.spec_file, run.spec.model_dump_json().encode())
-    write_durably(run.workspace.inputs / "toy.json", json.dumps(_plan(run)).encode())
+    write_durably(run.workspace.inputs / "toy.json", json.dumps(plan).encode())
     run.enter("training", "Training a toy")
     run.train()
     run.enter("publishing", "Publishing")
     outcome = _publish(run)
-    with run.context.database.writing() as session:
-        if not jobs.succeed(session, run.claim, outcome):
-            raise pipeline.Cancelled
-        session.commit()
+    if not run.lease.write(run.context.database, lambda session: jobs.succeed(session, run.claim, outcome)):
+        raise pipeline.Cancelled
 
 
 class NoClock:
@@ -72,7 +79,7 @@ def _plan(run: Run) -> dict[str, Any]:
         "seconds": float(labels.get("seconds", "0.02")),
         "act": labels.get("act", ""),
         "worker": os.getpid(),
-        "diary": str(run.context.settings.data_dir / "diary"),
+        "diary": str(run.context.settings.data_dir / TOYS / "diary"),
     }
 
 
@@ -95,6 +102,10 @@ def _publish(run: Run) -> Outcome:
 
 
 def admit_waiting(context: Context) -> int:
+    order = context.settings.data_dir / "admit-without-memory"
+    if order.exists():
+        order.unlink()
+        raise MemoryError
     with context.database.reading() as session:
         waiting = session.scalars(select(Job.id).where(jobs.admissible()).order_by(Job.id)).all()
     for job_id in waiting:
@@ -109,11 +120,16 @@ _real_command = sandbox.command
 
 
 def command(step: Sequence[str], **where: Any) -> list[str]:
-    """The toy in place of the training; other steps are themselves."""
+    """The toy in place of the training, behind the same walls but for a door to its diary; other steps are
+    themselves."""
+    *program, plan = _real_command(step, **where)
     if "worker.steps.train" not in step:
-        return _real_command(step, **where)
-    plan = sandbox.Plan([sys.executable, "-P", str(TOY_STEP), *step[4:]], sandbox.Walls(), os.getpid())
-    return sandbox._wrapped(plan)
+        return [*program, plan]
+    told = json.loads(plan)
+    told["command"] = [sys.executable, "-P", str(TOY_STEP), *step[4:]]
+    told["readable"].append(str(TOY_STEP.parents[2]))
+    told["writable"].append(str(get_settings().data_dir / TOYS))
+    return [*program, json.dumps(told)]
 
 
 if __name__ == "__main__":
@@ -121,5 +137,8 @@ if __name__ == "__main__":
     pipeline.PhaseClock = NoClock  # type: ignore[assignment, misc]
     sandbox.command = command  # type: ignore[assignment]
     tasks.admit_waiting = admit_waiting  # type: ignore[assignment]
-    sweep.LEFTOVER_SECONDS, sweep.STRAYS_SECONDS = LEFTOVER_SECONDS, STRAYS_SECONDS
+    sweep.LEFTOVER_SECONDS, sweep.CLEANING_SECONDS = LEFTOVER_SECONDS, CLEANING_SECONDS
+    cleaning.UNFINISHED_SECONDS = UNFINISHED_SECONDS
+    for made in (TOYS, f"{TOYS}/starts"):
+        (get_settings().data_dir / made).mkdir(exist_ok=True)
     tasks.main(sys.argv[1])

@@ -22,7 +22,7 @@ from typing import Any  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from core.durable import sync_folder  # noqa: E402
-from worker.progress import EXIT_SAVED, ProgressWriter, Saved  # noqa: E402
+from worker.progress import EXIT_SAVED, Metrics, ProgressWriter, Saved  # noqa: E402
 from worker.resume_manifest import seal, verify  # noqa: E402
 from worker.steps import child  # noqa: E402
 from worker.workspace import Workspace  # noqa: E402
@@ -45,7 +45,6 @@ def main(workspace: Workspace, progress: ProgressWriter) -> dict[str, Any]:
     if plan["act"] == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     began = Path(plan["diary"]).with_name("starts") / f"{plan['job_id']}-{plan['attempt']}"
-    began.parent.mkdir(exist_ok=True)
     began.write_text(str(BEGAN))
     told = threading.Event()
     signal.signal(signal.SIGUSR1, lambda *_: told.set())
@@ -54,9 +53,10 @@ def main(workspace: Workspace, progress: ProgressWriter) -> dict[str, Any]:
     saved = time.monotonic()
     progress.note("A toy is trained", micro_batch_size=64)
     for step in range(done + 1, plan["steps"] + 1):
-        _work(plan, workspace, step)
+        _work(plan, step)
         digest = link(digest, step)
         progress.step(step, plan["steps"])
+        progress.write(Metrics(step=step, total_steps=plan["steps"], train_loss=1.0))
         if told.is_set() or time.monotonic() - saved >= conditions["save_seconds"]:
             _save(workspace, plan, step, digest)
             progress.write(Saved(step=step))
@@ -66,13 +66,11 @@ def main(workspace: Workspace, progress: ProgressWriter) -> dict[str, Any]:
     return {"steps": plan["steps"], "digest": digest}
 
 
-def _work(plan: dict[str, Any], workspace: Workspace, step: int) -> None:
+def _work(plan: dict[str, Any], step: int) -> None:
     with Path(plan["diary"]).open("a") as diary:  # one write each, appended: lines of two writers do not mix
         diary.write(f"{plan['job_id']} {plan['attempt']} {step} {time.monotonic():.3f}\n")
     if plan["act"] == "poison":
         os.kill(plan["worker"], signal.SIGKILL)
-    if plan["act"] == "fill":
-        (workspace.step("train") / f"ballast-{step}").write_bytes(b"x" * 1_000_000)
     time.sleep(plan["seconds"])
 
 

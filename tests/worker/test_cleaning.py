@@ -139,6 +139,29 @@ def test_a_jobs_artifacts_are_no_strays(context):
     assert stored(context) == ["w"]
 
 
+@pytest.mark.parametrize(
+    ("status", "attempt", "kept"),
+    [
+        ("failed", 2, []),
+        ("cancelled", 2, []),
+        ("succeeded", 2, ["a2"]),
+        ("queued", 2, ["a1", "a2"]),
+        ("running", 2, ["a1", "a2"]),
+        ("paused", 2, ["a1", "a2"]),
+    ],
+)
+def test_what_was_to_be_published_goes_with_a_job_that_ended_otherwise(context, team_id, status, attempt, kept):
+    """Also where no worker was there to see it end: cancelled in the queue, or given up by a sweep."""
+    job_id = make_job(context.database, team_id, status, attempt=attempt)
+    for number in (1, 2):
+        put(context, f"jobs/{job_id}/a{number}/model/w")
+    put(context, f"jobs/{job_id}/resume/a1/step-1/state")
+    remove_strays(context.database, context.storage)
+    folder = context.settings.storage_dir / "jobs" / job_id
+    assert sorted(path.name for path in folder.glob("a*")) == kept
+    assert (folder / "resume/a1/step-1/state").exists(), "it may be on its way into the database still"
+
+
 def check_pair(context, team_id, status="completed", **fields):
     pair_check = PairCheck(
         id=new_id("pchk_"), team_id=team_id, base={}, instruct={}, depth="full", status=status, findings=[], **fields
@@ -171,12 +194,41 @@ def test_of_a_team_the_newest_ended_pair_checks_are_kept(context, team_id, monke
     assert pair_check_ids(context) == {waiting, *mine[2:], other}
 
 
-def test_every_workers_sweep_does_it(context, store, team_id):
+@pytest.fixture
+def sweep(context):
+    """`sweep()`: as a worker does it."""
+    row = {"host": "h", "pid": 1, "queue": "light", "device": "cpu", "lane_memory_bytes": 1, "version": "1"}
+    return Sweeper(context, lambda: Worker(id="worker-1", **row), announce=print).sweep
+
+
+def test_every_workers_sweep_does_it(context, store, team_id, sweep):
     store(expires_at=db_now(-1))
     check_pair(context, team_id, finished_at=db_now(-(10**7)))
     put(context, "uploads/part_stray")
     make_old(context)
-    row = {"host": "h", "pid": 1, "queue": "light", "device": "cpu", "lane_memory_bytes": 1, "version": "1"}
-    Sweeper(context, lambda: Worker(id="worker-1", **row)).sweep()
+    sweep()
     assert stored(context) == []
     assert pair_check_ids(context) == set()
+
+
+def test_workspaces_of_jobs_that_have_ended_go_and_those_of_live_ones_stay(context, team_id, sweep):
+    work = context.settings.work_dir
+    live = [make_job(context.database, team_id, status) for status in ("queued", "running", "paused")]
+    ended = [make_job(context.database, team_id, status) for status in ("succeeded", "failed", "cancelled")]
+    for job_id in (*live, *ended, "ftjob-unknown"):
+        leave_behind(work / f"{job_id}-a12")
+    sweep()
+    assert {folder.name for folder in work.iterdir()} == {f"{job_id}-a12" for job_id in live}
+
+
+def test_a_workspace_that_goes_while_it_is_looked_at_holds_up_no_sweep(context, sweep):
+    work = context.settings.work_dir
+    leave_behind(work / "ftjob-1-a1")
+    (work / "ftjob-2-a1").symlink_to(work / "nowhere")  # what it looks like to whoever has just read its name
+    sweep()
+    assert [path.name for path in work.iterdir()] == ["ftjob-2-a1"]
+
+
+def leave_behind(folder):
+    folder.mkdir(parents=True)
+    os.utime(folder, (time.time() - 100, time.time() - 100))

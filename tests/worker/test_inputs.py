@@ -25,7 +25,7 @@ from tests.core.test_jobs import make_spec
 from tests.core.test_pairs import write_model
 from tests.servers import free_port
 from worker.inputs import fetch
-from worker.workspace import Workspace
+from worker.workspace import open_workspace
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,6 +50,11 @@ def spec(tmp_path):
     return make_spec("ftjob-1").model_copy(update={"pair": PairSource(name="tiny", **local)})
 
 
+@pytest.fixture
+def workspace(settings):
+    return open_workspace(settings.work_dir, "ftjob-1", 1)
+
+
 def put(storage, key, content):
     incoming = storage.receive(key)
     incoming.write(content)
@@ -57,13 +62,13 @@ def put(storage, key, content):
     return DataSource(file_id=f"file-{key}", filename="rows.jsonl", storage_key=key, sha256="0" * 64)
 
 
-def test_a_workspace_is_filled_with_links_and_its_spec(spec, storage, settings, tmp_path):
+def test_a_workspace_is_filled_with_links_and_its_spec(spec, storage, settings, workspace):
     probes = spec.evaluation.model_copy(update={"probes": {"general": put(storage, "g", b"general")}})
     filled = {"training": put(storage, "t", b"rows"), "validation": put(storage, "v", b"held"), "evaluation": probes}
-    spec, workspace = spec.model_copy(update=filled), Workspace(tmp_path / "job")
-    for _ in range(2):  # a second attempt meets what the first one left
+    spec = spec.model_copy(update=filled)
+    for _ in range(2):  # a second attempt on this machine meets what the first one left
         fetch(spec, workspace, storage=storage, settings=settings, check=lambda: None)
-    assert workspace.spec() == spec
+    assert workspace.spec() == spec.model_copy(update={"snapshots": workspace.spec().snapshots})
     assert workspace.training.read_bytes() == b"rows"
     assert workspace.validation.read_bytes() == b"held"
     assert workspace.probe("general").read_bytes() == b"general"
@@ -71,20 +76,35 @@ def test_a_workspace_is_filled_with_links_and_its_spec(spec, storage, settings, 
     assert (workspace.instruct / "config.json").exists()
 
 
-def test_direct_tuning_needs_no_base(spec, storage, settings, tmp_path):
+def test_what_was_done_with_a_model_that_was_exchanged_since_is_worth_nothing(spec, storage, settings, workspace):
+    spec = spec.model_copy(update={"training": put(storage, "t", b"rows")})
+
+    def fetched():
+        fetch(spec, workspace, storage=storage, settings=settings, check=lambda: None)
+        return workspace.spec().training_sha256
+
+    before = fetched()
+    workspace.step("train").mkdir()
+    assert (fetched(), workspace.step("train").exists()) == (before, True)
+    config = Path(spec.pair.base.location) / "config.json"
+    config.write_text(config.read_text() + "\n")
+    assert fetched() != before
+    assert not workspace.step("train").exists()
+
+
+def test_direct_tuning_needs_no_base(spec, storage, settings, workspace):
     direct = spec.model_copy(update={"strategy": "direct", "training": put(storage, "t", b"rows")})
-    workspace = Workspace(tmp_path / "job")
     fetch(direct, workspace, storage=storage, settings=settings, check=lambda: None)
     assert not workspace.base.is_symlink()
     assert (workspace.instruct / "config.json").exists()
 
 
-def test_a_model_that_was_turned_out_of_the_roots_since_is_not_read(spec, storage, settings, tmp_path):
+def test_a_model_that_was_turned_out_of_the_roots_since_is_not_read(spec, storage, settings, workspace, tmp_path):
     base = Path(spec.pair.base.location)
     shutil.move(base, tmp_path / "elsewhere")
     base.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(InvalidInput, match="outside the model roots"):
-        fetch(spec, Workspace(tmp_path / "job"), storage=storage, settings=settings, check=lambda: None)
+        fetch(spec, workspace, storage=storage, settings=settings, check=lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -96,27 +116,26 @@ def test_a_model_that_was_turned_out_of_the_roots_since_is_not_read(spec, storag
     ],
 )
 def test_a_folder_that_has_come_to_lead_elsewhere_since_is_not_trained(
-    spec, storage, settings, tmp_path, file, content
+    spec, storage, settings, workspace, file, content
 ):
     (Path(spec.pair.base.location) / file).write_text(content)
     spec = spec.model_copy(update={"training": put(storage, "t", b"rows")})
-    workspace = Workspace(tmp_path / "job")
     with pytest.raises(InvalidInput, match=file):
         fetch(spec, workspace, storage=storage, settings=settings, check=lambda: None)
     assert not workspace.base.exists()
 
 
-def test_a_file_that_was_deleted_meanwhile_is_named(spec, storage, settings, tmp_path):
+def test_a_file_that_was_deleted_meanwhile_is_named(spec, storage, settings, workspace):
     with pytest.raises(InvalidInput, match=r"rows\.jsonl") as caught:
-        fetch(spec, Workspace(tmp_path / "job"), storage=storage, settings=settings, check=lambda: None)
+        fetch(spec, workspace, storage=storage, settings=settings, check=lambda: None)
     assert caught.value.code == "file_not_found"
 
 
-def test_a_model_folder_that_was_emptied_meanwhile_is_named(spec, storage, settings, tmp_path):
+def test_a_model_folder_that_was_emptied_meanwhile_is_named(spec, storage, settings, workspace):
     (Path(spec.pair.base.location) / "config.json").unlink()
     spec = spec.model_copy(update={"training": put(storage, "t", b"rows")})
     with pytest.raises(InvalidInput, match=r"config\.json"):
-        fetch(spec, Workspace(tmp_path / "job"), storage=storage, settings=settings, check=lambda: None)
+        fetch(spec, workspace, storage=storage, settings=settings, check=lambda: None)
 
 
 @pytest.fixture
@@ -136,8 +155,7 @@ def graft(spec, storage):
     return spec.model_copy(update={"kind": "graft", "delta": delta, "evaluation": evaluation})
 
 
-def test_a_graft_reads_the_published_change_and_neither_base_nor_rows(graft, storage, settings, tmp_path):
-    workspace = Workspace(tmp_path / "job")
+def test_a_graft_reads_the_published_change_and_neither_base_nor_rows(graft, storage, settings, workspace):
     for _ in range(2):
         fetch(graft, workspace, storage=storage, settings=settings, check=lambda: None)
     assert {path.name: path.read_bytes() for path in workspace.delta.iterdir()} == {
@@ -147,11 +165,11 @@ def test_a_graft_reads_the_published_change_and_neither_base_nor_rows(graft, sto
 
 
 @pytest.mark.parametrize("damage", ["changed", "gone"])
-def test_a_published_change_that_is_not_what_it_was_is_named(graft, storage, settings, tmp_path, damage):
+def test_a_published_change_that_is_not_what_it_was_is_named(graft, storage, settings, workspace, damage):
     path = storage.path(graft.delta.files[1].storage_key)
     path.write_bytes(b"faktors") if damage == "changed" else path.unlink()
     with pytest.raises(StepFailed, match=r"adapter/adapter_model\.safetensors of the job ftjob-0") as caught:
-        fetch(graft, Workspace(tmp_path / "job"), storage=storage, settings=settings, check=lambda: None)
+        fetch(graft, workspace, storage=storage, settings=settings, check=lambda: None)
     cause = caught.value.cause
     assert (cause.code, cause.fault, cause.retryable) == ("artifact_damaged", "infrastructure", False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -12,7 +13,7 @@ from sqlalchemy import update
 from structlog.testing import capture_logs
 
 from core import jobs
-from core.errors import LeaseLost
+from core.errors import LeaseLost, StepFailed
 from core.job_spec import ModelSource, PairSource
 from core.models import Job, Team
 from core.storage import LocalStorage
@@ -23,13 +24,15 @@ from tests.worker.test_admission import write_model
 from worker import pipeline
 from worker.cleaning import remove_expired, remove_strays
 from worker.pipeline import Context
-from worker.resume_manifest import PointRefused
-from worker.resume_points import prefix, store
+from worker.resume_manifest import PointRefused, verify
+from worker.resume_points import store
+from worker.workspace import Workspace
 
 pytestmark = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 
 QUICK = {
     "steps": 60, "pace": 0.02, "saves": [], "faults": {}, "micro_batch": 8, "fits": 0, "grafting": 0, "deaf": False,
+    "refuses": [],
 }  # fmt: skip
 #: Longer than any test takes.
 LONG = {"steps": 100_000}
@@ -182,9 +185,20 @@ def test_a_training_that_does_not_save_in_time_is_ended_and_its_last_saved_state
     toy(**LONG, saves=[4], deaf=True)
     working = Working(context)
     wait_until(lambda: saved(context, job_id) == [4], seconds=40)
+    context.draining.set()
+    working.leaves()
+    assert (read(context.database, job_id).status, saved(context, job_id)) == ("queued", [4])
+    assert said(context, job_id, "did not save its state within 0.5 s and is ended; its last saved one counts")
+
+
+def test_a_pause_waits_for_the_step_under_way_however_long_it_takes(context, job_id, toy):
+    context.settings.save_grace_seconds = 0.01
+    toy(**LONG, pace=0.4)
+    working = Working(context)
+    at_step(context, job_id, 1)
     act(context.database, jobs.request_pause, job_id)
     working.leaves()
-    assert (read(context.database, job_id).status, saved(context, job_id)) == ("paused", [4])
+    assert (read(context.database, job_id).status, len(saved(context, job_id))) == ("paused", 1)
 
 
 def test_a_cancel_does_not_wait_for_a_state_to_be_saved(context, job_id, toy):
@@ -229,6 +243,7 @@ def test_a_damaged_state_is_set_aside_and_the_one_before_is_taken(context, job_i
     newest = interrupted(context, job_id, toy)
     folder = context.settings.storage_dir / "jobs" / job_id / "resume" / "a1" / f"step-{newest}"
     hurt(folder, damage)
+    shutil.rmtree(context.settings.work_dir)  # another machine
     toy(steps=6)
     work(context)
     assert begun(context, job_id) == [0, 4]
@@ -258,6 +273,18 @@ def test_a_state_of_another_training_is_not_gone_on_from(context, job_id, toy):
     work(context)
     assert begun(context, job_id) == [0, 0]
     assert said(context, job_id, "No saved state can be gone on from")
+    assert saved(context, job_id) == []
+
+
+def test_a_state_that_the_training_refuses_is_set_aside_and_the_one_before_is_taken_at_no_cost(context, job_id, toy):
+    """As one that another version of a library wrote."""
+    newest = interrupted(context, job_id, toy)
+    toy(steps=6, refuses=[newest])
+    work(context)
+    job = read(context.database, job_id)
+    assert (ended_well(job), job.attempt, job.infra_retries) == (True, 2, 0)
+    assert begun(context, job_id) == [0, 4]
+    assert said(context, job_id, f"saved at step {newest} is set aside: The toy does not like it.")
 
 
 def test_a_training_goes_on_where_its_state_cannot_be_stored(context, job_id, toy):
@@ -272,18 +299,42 @@ def test_a_training_goes_on_where_its_state_cannot_be_stored(context, job_id, to
 
 
 def test_a_state_that_changed_on_its_way_into_storage_is_not_recorded(context, job_id, tmp_path):
-    folder = tmp_path / "step-3"
-    folder.mkdir()
+    workspace = Workspace(tmp_path)
+    folder = workspace.resume_points / "step-3"
+    folder.mkdir(parents=True)
     (folder / "state").write_bytes(b"as it was")
     toy_train.seal(folder, step=3, spec="spec")
     (folder / "state").write_bytes(b"as it is.")
     with pytest.raises(PointRefused, match="other bytes"):
-        pipeline_store(folder, context, job_id)
+        store(workspace, 3, jobs.Claim(job_id, 1), context.storage, lambda: None)
 
 
-def pipeline_store(folder, context, job_id):
-    held = jobs.Claim(job_id, 1)
-    return store(folder, prefix(held, 3), held, context.storage, lambda: None)
+@pytest.mark.parametrize("name", ["l/../../../admin.key", "../admin.key", "/admin.key", ".hidden", ".."])
+@pytest.mark.usefixtures("backend")
+def test_a_state_whose_manifest_names_what_is_no_file_of_its_folder_is_not_stored(tmp_path, name):
+    workspace = Workspace(tmp_path / "job")
+    folder = workspace.resume_points / "step-3"
+    folder.mkdir(parents=True)
+    manifest = {"step": 3, "spec": "spec", "files": {name: {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(PointRefused):
+        store(workspace, 3, jobs.Claim("ftjob-1", 1), LocalStorage(tmp_path / "storage"), lambda: None)
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_state_that_holds_a_link_is_neither_stored_nor_gone_on_from(tmp_path):
+    (tmp_path / "key").write_bytes(b"secret")
+    workspace = Workspace(tmp_path / "job")
+    folder = workspace.resume_points / "step-3"
+    folder.mkdir(parents=True)
+    (folder / "state").write_bytes(b"secret")
+    toy_train.seal(folder, step=3, spec="spec")
+    (folder / "state").unlink()
+    (folder / "state").symlink_to(tmp_path / "key")
+    with pytest.raises(StepFailed, match="The job left train/resume/step-3/state, which is no plain file"):
+        store(workspace, 3, jobs.Claim("ftjob-1", 1), LocalStorage(tmp_path / "storage"), lambda: None)
+    with pytest.raises(PointRefused, match="state, which is no plain file"):
+        verify(folder, spec="spec")
 
 
 def test_a_state_that_nobody_recorded_is_swept_up(context, job_id, monkeypatch):
@@ -329,6 +380,20 @@ def test_memory_that_is_never_enough_fails_the_job_with_advice(context, job_id, 
     assert (job.attempt, "smaller batch_size" in job.error["hint"]) == (attempts, True)
 
 
+@pytest.mark.parametrize("step", ["graft", "train"])
+def test_a_step_that_is_killed_and_would_not_need_less_another_time_is_tried_again_once(context, job_id, toy, step):
+    toy(steps=3, micro_batch=1, **({"grafting": "killed"} if step == "graft" else {"faults": {"2": "killed"}}))
+    work(context)
+    job = read(context.database, job_id)
+    assert (job.status, job.infra_retries, job.oom_level) == ("queued", 1, 0)
+    assert said(context, job_id, f"The step '{step}' was killed by the operating system")
+
+    put(context.database, job_id, not_before=None)
+    work(context)
+    job = read(context.database, job_id)
+    assert (job.status, job.error["code"], job.error["fault"]) == ("failed", "step_killed", "memory")
+
+
 def test_a_full_disk_keeps_what_there_is_and_waits(context, job_id, toy):
     toy(steps=40, pace=0.1, saves=[5], faults={"20": "disk"})
     for waits in (1, 2):
@@ -347,20 +412,33 @@ def test_a_full_disk_keeps_what_there_is_and_waits(context, job_id, toy):
     assert begun(context, job_id) == [0, 5, 5]
 
 
-def test_a_training_that_makes_no_step_is_ended_and_begun_again_once(context, job_id, toy):
+def test_a_training_that_makes_no_step_is_ended_and_begun_again_once(context, job_id, toy, monkeypatch):
+    monkeypatch.setattr("worker.step_runner.STACKS_SECONDS", 0.5)
     context.settings.stall_seconds = 1.5
     toy(faults={"4": "stall"})
     with capture_logs() as logs:
         work(context)
     job = read(context.database, job_id)
     assert (job.status, job.stall_count, job.infra_retries) == ("queued", 1, 0)
-    assert said(context, job_id, "made no step for")
+    assert said(context, job_id, "The step 'train' made no progress for")
     (told,) = [entry for entry in logs if entry["event"] == "step_stalled"]
     assert " in meet\n" in told["stacks"]  # where it stood
 
     work(context)
     job = read(context.database, job_id)
     assert (job.status, job.error["code"], job.error["fault"]) == ("failed", "step_stalled", "infrastructure")
+
+
+def test_a_graft_that_says_nothing_is_ended_and_begun_again_once_too(context, job_id, toy, monkeypatch):
+    monkeypatch.setattr("worker.step_runner.STACKS_SECONDS", 0.1)
+    monkeypatch.setattr("worker.step_runner.STALL_EDGES", 1)
+    monkeypatch.setattr("worker.pipeline.QUIET_TIMES", 0.1)
+    context.settings.stall_seconds = 10
+    toy(steps=1, grafting=1000)
+    work(context)
+    job = read(context.database, job_id)
+    assert (job.status, job.stall_count) == ("queued", 1)
+    assert said(context, job_id, "The step 'graft' made no progress for 1 s")
 
 
 def test_a_jobs_time_is_limited_over_all_its_attempts_and_it_can_be_run_again(context, job_id, toy):

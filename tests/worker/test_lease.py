@@ -6,6 +6,8 @@ import threading
 
 import pytest
 from sqlalchemy import update
+from sqlalchemy.exc import OperationalError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from core import jobs
 from core.db import db_now
@@ -13,6 +15,7 @@ from core.errors import LeaseLost
 from core.models import Job
 from tests.core.test_jobs import act, claim, make_job, make_team, read
 from tests.servers import wait_until
+from worker import lease as lease_module
 from worker.lease import Cancelled, Draining, Lease, Pausing, TimeUp
 
 
@@ -142,6 +145,66 @@ def test_a_lost_lease_goes_before_a_cancel_and_a_shutdown(database, held, lease,
         draining.set()
         with pytest.raises(LeaseLost):
             lease.check()
+
+
+class Beats:
+    """Of a database that says `errors`, one after the other, behind the first beat; then it answers again."""
+
+    def __init__(self, *errors) -> None:
+        self._errors = [*errors]
+        self.answered = 0
+
+    def __call__(self) -> str:
+        if self.answered and self._errors:
+            raise self._errors.pop(0)
+        self.answered += 1
+        return "run"
+
+
+def test_no_word_of_the_database_ends_the_beating(draining):
+    """Not even of this process: a pool without a connection left."""
+    beats = Beats(PoolTimeout("no connection left"), OperationalError("", {}, None), ProgrammingError("", {}, None))
+    with Lease(beats, lease_seconds=30, beat_seconds=0.01, draining=draining):
+        wait_until(lambda: beats.answered > 2)
+
+
+def test_a_beat_that_failed_is_tried_again_before_the_next_one_is_due(draining, monkeypatch):
+    """One that hung for most of the lease has left no time for another interval."""
+    monkeypatch.setattr(lease_module, "AGAIN_SECONDS", 0.01)
+    beats = Beats(*[OperationalError("", {}, None)] * 20)
+    with Lease(beats, lease_seconds=3, beat_seconds=0.5, draining=draining) as lease:
+        wait_until(lambda: beats.answered > 1)
+        assert lease.remaining() > 0  # twenty intervals are more than three leases
+
+
+def test_what_asks_the_database_is_asked_again_while_the_lease_holds(draining, monkeypatch):
+    monkeypatch.setattr(lease_module, "AGAIN_SECONDS", 0.01)
+    answers = iter([OperationalError("", {}, None), PoolTimeout(""), "done"])
+
+    def act():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with Lease(lambda: "run", lease_seconds=30, beat_seconds=30, draining=draining) as lease:
+        assert lease.outlast(act) == "done"
+        with pytest.raises(StopIteration):  # a fault of the question, or of ours, is no matter of time
+            lease.outlast(act)
+
+
+@pytest.mark.parametrize("beat_seconds", [30, 0.05], ids=["beats fail too", "beats come through"])
+def test_a_database_that_stays_away_is_asked_no_more_after_a_whole_lease(draining, monkeypatch, beat_seconds):
+    monkeypatch.setattr(lease_module, "AGAIN_SECONDS", 0.01)
+
+    def act():
+        raise OperationalError("", {}, None)
+
+    with (
+        Lease(lambda: "run", lease_seconds=0.2, beat_seconds=beat_seconds, draining=draining) as lease,
+        pytest.raises(LeaseLost, match="stayed away"),
+    ):
+        lease.outlast(act)
 
 
 @pytest.fixture

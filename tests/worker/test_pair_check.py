@@ -461,13 +461,15 @@ def steal(database, taken):
         time.sleep(0.005)
 
 
-def test_a_sweep_nudges_for_a_check_that_waits_and_removes_what_a_dead_worker_left(context, database, ask, settings):
+def test_a_sweep_announces_a_check_that_waits_and_removes_what_a_dead_worker_left(context, database, ask, settings):
     check_id = ask()
     folder = settings.work_dir / f"check-{check_id}-1"
     folder.mkdir(parents=True)
     os.utime(folder, (1, 1))
-    sweeper = Sweeper(context, lambda: worker_row())
+    announced = []
+    sweeper = Sweeper(context, worker_row, announced.append)
     sweeper.sweep()
+    assert announced == ["check_pair"]
     assert not folder.exists()
     folder.mkdir(parents=True)
     os.utime(folder, (1, 1))

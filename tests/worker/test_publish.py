@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 
 import pytest
 
@@ -35,8 +36,13 @@ def storage(tmp_path):
 
 @pytest.fixture
 def workspace(tmp_path, spec):
-    """What the steps leave behind."""
     made = Workspace(tmp_path / "job")
+    leave_results(made, spec)
+    return made
+
+
+def leave_results(made, spec):
+    """What the steps leave behind."""
     model = made.grafted(spec.scales[0])
     write(model / "config.json", "{}")
     write(model / "model.safetensors", "weights")
@@ -48,7 +54,6 @@ def workspace(tmp_path, spec):
     write(made.result("train"), json.dumps({"trained_tokens": 77, "checkpoints": CHECKPOINTS[-1:]}))
     write(made.report, json.dumps({"verdict": "better"}))
     write(made.report.with_suffix(".md"), "better")
-    return made
 
 
 def write(path, content):
@@ -182,6 +187,21 @@ def test_a_file_that_is_missing_since_the_graft_is_noticed(spec, workspace, stor
     (workspace.grafted(spec.scales[0]) / "model.safetensors").unlink()
     with pytest.raises(StepFailed, match=r"model\.safetensors"):
         run(spec, workspace, storage)
+
+
+@pytest.mark.parametrize("where", ["adapter/environ", "adapter"])
+def test_a_link_that_a_step_left_is_not_followed(spec, workspace, storage, tmp_path, where):
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "environ").write_text("SECRET")
+    if where == "adapter":
+        shutil.rmtree(workspace.adapter)
+        workspace.adapter.symlink_to(tmp_path / "secrets")
+    else:
+        (workspace.adapter / "environ").symlink_to(tmp_path / "secrets" / "environ")
+    with pytest.raises(StepFailed, match=r"The job left train/adapter/environ, which is no plain file\."):
+        run(spec, workspace, storage)
+    stored = [path for path in storage.path("").rglob("*") if path.is_file()]
+    assert not [path for path in stored if b"SECRET" in path.read_bytes()]
 
 
 def test_the_lease_is_asked_before_each_file(spec, workspace, storage):

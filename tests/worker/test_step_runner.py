@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,7 +19,7 @@ from core.errors import LeaseLost, StepFailed
 from tests.servers import wait_until
 from worker.lease import Cancelled, Draining, Lease
 from worker.progress import Note, Step
-from worker.step_runner import Pulse, run_step
+from worker.step_runner import TICK_SECONDS, Pulse, _unexplained, run_step
 from worker.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +146,13 @@ def test_a_child_that_ends_otherwise_is_a_fault_of_the_infrastructure(workspace,
     assert caught.value.cause.retryable
 
 
+@pytest.mark.parametrize("status", [-signal.SIGKILL, -signal.SIGALRM, -signal.SIGXCPU, -signal.SIGSEGV, 74, 1])
+def test_however_a_child_ends_its_cause_names_the_step_and_a_remedy(status):
+    cause = _unexplained("train", status, "")
+    assert "'train'" in cause.message
+    assert cause.hint
+
+
 def test_a_step_that_knows_why_it_failed_is_quoted(workspace, lease):
     with pytest.raises(StepFailed) as caught:
         run(workspace, lease)  # there is no file at all
@@ -162,6 +171,30 @@ def test_a_stop_ends_the_child_even_a_frozen_one(workspace, lease, cancelled, dr
     with pytest.raises(Cancelled if stop == "cancel" else Draining):
         running.result()
     assert gone(running.child)
+
+
+def test_a_child_has_a_deadline_from_its_start_and_one_that_reads_no_more_holds_up_nobody(workspace, lease, cancelled):
+    stall(workspace)
+    running = Running(workspace, lease)
+    first = float(running.child.cmdline()[-1].removeprefix("--leased="))
+    assert 0 < first - time.monotonic() < 30
+
+    running.child.send_signal(signal.SIGSTOP)
+    fill(Path(f"/proc/{running.child.pid}/fd/0"))
+    time.sleep(3 * TICK_SECONDS)
+    cancelled.set()
+    with pytest.raises(Cancelled):
+        running.result()
+
+
+def fill(pipe):
+    """What a child's stdin comes to that is not read for ten minutes."""
+    end = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    for piece in (b"\n" * 4096, b"\n"):
+        with suppress(BlockingIOError):
+            while os.write(end, piece):
+                pass
+    os.close(end)
 
 
 def test_a_lost_lease_ends_the_child(workspace, draining):
@@ -204,6 +237,74 @@ def test_a_child_knows_no_secret(workspace, lease, monkeypatch):
     assert "canary" not in str(environment)
     assert environment["HF_HUB_OFFLINE"] == "1"
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+# --- a step that is not as ours are -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def becomes(monkeypatch):
+    """`becomes(program)`: what every step is from here on, without walls."""
+
+    def become(program):
+        command = [sys.executable, "-c", textwrap.dedent(program)]
+        monkeypatch.setattr("worker.step_runner.sandbox.command", lambda step, **plan: command)
+
+    return become
+
+
+@pytest.mark.parametrize("leaves", ["", "os.setsid()"], ids=["in its group", "in a session of its own"])
+def test_a_helper_that_a_step_leaves_behind_holds_up_nobody(workspace, lease, becomes, monkeypatch, leaves):
+    monkeypatch.setattr("worker.step_runner.READ_SECONDS", 0.1)
+    becomes(f"""
+        import os, time
+
+        reading, writing = os.pipe()
+        if os.fork() == 0:
+            {leaves or "pass"}
+            open("inspect/helper", "w").write(str(os.getpid()))
+            os.close(writing)
+            time.sleep(100)
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(3)
+    """)
+    with pytest.raises(StepFailed, match="exit status 3"):
+        run(workspace, lease)
+    helper = int((workspace.step("inspect") / "helper").read_text())
+    if leaves:
+        os.kill(helper, signal.SIGKILL)
+    wait_until(lambda: not psutil.pid_exists(helper) or gone(psutil.Process(helper)))
+
+
+def test_the_log_of_a_step_that_prints_without_end_is_kept_short(workspace, lease, becomes, monkeypatch):
+    monkeypatch.setattr("worker.step_runner.MAX_LOG_BYTES", 100_000)
+    becomes("""
+        import os, sys, time
+
+        for _ in range(6):
+            os.write(2, b"x" * 99 + b"\\n" + b"y" * 60_000 + b"\\n")
+            time.sleep(0.2)
+        sys.exit("That was all.")
+    """)
+    with pytest.raises(StepFailed, match="That was all"):
+        run(workspace, lease)
+    assert workspace.log("inspect").stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("file", ["result.json", "failure.json"])
+def test_what_a_step_leaves_in_the_place_of_its_result_is_not_followed(workspace, lease, becomes, tmp_path, file):
+    (tmp_path / "key.json").write_text('{"code": "secret", "message": "secret"}')
+    becomes(f"""
+        import os
+
+        os.symlink({str(tmp_path / "key.json")!r}, "inspect/{file}")
+        open("inspect/done.json", "w").close()
+        os._exit({0 if file == "result.json" else 1})
+    """)
+    with pytest.raises(StepFailed) as caught:
+        run(workspace, lease)
+    assert "secret" not in str(caught.value.cause.as_dict())
 
 
 # --- a training that makes no step ------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from core.errors import Cause, StepFailed
 from worker.progress import EXIT_SAVED, ProgressWriter, Saved
-from worker.resume_manifest import seal, verify
+from worker.resume_manifest import PointRefused, seal, verify
 from worker.steps import child
 from worker.workspace import Workspace
 
@@ -35,12 +35,16 @@ def train(plan: dict[str, Any], workspace: Workspace, progress: ProgressWriter) 
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     spec, conditions = workspace.spec(), json.loads(workspace.conditions_file.read_bytes())
     begin = verify(workspace.resume_from, spec=spec.training_sha256).step if workspace.resume_from.exists() else 0
+    if begin in plan["refuses"]:
+        raise PointRefused("The toy does not like it.")
     micro_batch = max(1, plan["micro_batch"] // 2 ** conditions["oom_level"])
     progress.note(f"Beginning behind step {begin}", micro_batch_size=micro_batch)
     for step in range(begin + 1, plan["steps"] + 1):
         time.sleep(plan["pace"])
         meet(plan["faults"].get(str(step)), plan, micro_batch)
         progress.step(step, plan["steps"], 1.0)
+        if plan.get("notes"):
+            progress.note(f"Made step {step}")
         if asked or step in plan["saves"]:
             save(workspace, spec.training_sha256, step)
             progress.write(Saved(step=step))
@@ -73,6 +77,8 @@ def save(workspace: Workspace, spec: str, step: int) -> None:
 
 
 def graft(plan: dict[str, Any], workspace: Workspace, progress: ProgressWriter) -> dict[str, Any]:
+    if plan["grafting"] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(plan["grafting"])
     raise StepFailed(Cause(code="toy_end", message="The toy has nothing to graft."))
 

@@ -1,9 +1,9 @@
 """What every step does around its work: speak, obey its lease, say why it failed, and leave its mark last.
 
-A step is a program: `python -m worker.steps.train FOLDER` runs one by hand. The supervisor adds `--leased` and writes
-to the step's stdin, over and over, when the lease ends. The kernel's alarm clock enforces it, so a step ends even when
-its supervisor is frozen and its own interpreter is stuck; the end of stdin means that the supervisor is gone. SIGUSR2
-puts the stacks of all threads into the step's log, also where the interpreter is stuck.
+A step is a program: `python -m worker.steps.train FOLDER` runs one by hand. The supervisor adds `--leased=DEADLINE`,
+when the lease ends, and writes a new deadline to the step's stdin, over and over. The kernel's alarm clock enforces it,
+so a step ends even when its supervisor is frozen and its own interpreter is stuck; the end of stdin means that the
+supervisor is gone. SIGUSR2 puts the stacks of all threads into the step's log, also where the interpreter is stuck.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import faulthandler
 import io
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from core.durable import sync_tree
 from core.errors import Cause, ShadowError
 from worker.progress import EXIT_DISK_FULL, ProgressWriter
 from worker.workspace import Workspace, write_durably
@@ -44,13 +46,14 @@ _PIPE_BYTES = 64 * 1024
 def run(name: str, main: StepMain) -> None:
     """Run `main` as the step `name` of the workspace given on the command line. Does not return on failure."""
     workspace = Workspace(Path(sys.argv[1]).resolve())
-    workspace.step(name).mkdir(parents=True, exist_ok=True)
+    workspace.step(name).mkdir(exist_ok=True)
     progress = ProgressWriter(_own_stdout())
     faulthandler.register(signal.SIGUSR2, all_threads=True)
-    if "--leased" in sys.argv[2:]:
-        threading.Thread(target=_obey_lease, daemon=True).start()
+    for argument in sys.argv[2:]:  # by hand there is none
+        _begin_to_obey(float(argument.removeprefix("--leased=")))
     try:
         result = main(workspace, progress)
+        sync_tree(workspace.step(name))  # what the mark says is done must be there behind a power cut too
         write_durably(workspace.result(name), json.dumps(result).encode())
         write_durably(workspace.done(name), b"{}")
     except Exception as error:  # noqa: BLE001 - the one place where a step's failure becomes a cause
@@ -77,14 +80,14 @@ def cause_of(error: Exception) -> Cause:
     if is_disk_full(error):
         return Cause(
             code="disk_full",
-            message=f"The worker's disk is full: {_first_line(error)}",
+            message=f"The worker's disk is full: {first_line(error)}",
             hint="The operator frees space where SHADOWFT_DATA_DIR lies.",
             retryable=True,
             fault="infrastructure",
         )
     return Cause(
         code="step_crashed",
-        message=f"The step stopped on an unexpected {type(error).__name__}: {_first_line(error)}",
+        message=f"The step stopped on an unexpected {type(error).__name__}: {first_line(error)}",
         hint="The step's log has the details; the operator finds it in the job's workspace.",
         retryable=True,
         fault="infrastructure",
@@ -95,7 +98,7 @@ def out_of_memory(error: Exception, *, retryable: bool = False) -> Cause:
     """`retryable` where a smaller micro-batch would need less memory; the job itself stays what it is."""
     return Cause(
         code="out_of_memory",
-        message=f"The step ran out of memory: {_first_line(error)}",
+        message=f"The step ran out of memory: {first_line(error)}",
         hint="Use a smaller batch_size, max_length or rank, or LoRA instead of full tuning.",
         retryable=retryable,
         fault="memory",
@@ -114,7 +117,7 @@ def is_disk_full(error: Exception) -> bool:
     return any(words in str(error) for words in _DISK_FULL)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:300]
 
 
@@ -125,13 +128,25 @@ def _own_stdout() -> io.RawIOBase:
     return io.FileIO(descriptor, "wb")
 
 
+def _begin_to_obey(deadline: float) -> None:
+    """Where the supervisor has said nothing newer: it may never do so, being frozen already."""
+    if not select.select([sys.stdin], [], [], 0)[0]:
+        _set_alarm(deadline)
+    threading.Thread(target=_obey_lease, daemon=True).start()
+
+
+def _set_alarm(deadline: float) -> None:
+    """`deadline` is of the clock that all processes of this machine share, so that one heard late gives no time away.
+    SIGALRM is not handled: the kernel ends the process."""
+    signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 0.001))
+
+
 def _obey_lease() -> None:
-    """Set the alarm anew at each line of stdin: the moment of the lease's end, by the clock that all processes of this
-    machine share, so that a line read late gives no time away. SIGALRM is not handled: the kernel ends the process."""
+    """Set the alarm anew at each line of stdin."""
     # Unbuffered: a thread that waits inside a buffered reader holds its lock and makes the interpreter abort at exit.
     pending = b""
     while piece := os.read(sys.stdin.fileno(), _PIPE_BYTES):
         *lines, pending = (pending + piece).split(b"\n")
         if lines:  # only the newest counts: the others waited here while this process was busy importing
-            signal.setitimer(signal.ITIMER_REAL, max(float(lines[-1]) - time.monotonic(), 0.001))
+            _set_alarm(float(lines[-1]))
     os.kill(os.getpid(), signal.SIGKILL)

@@ -65,6 +65,7 @@ from worker.steps.train_points import (
     conditions_of,
     find_point,
     load_weights,
+    loading,
     restore,
     save_weights,
 )
@@ -217,6 +218,14 @@ class Trainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading():
+            super()._load_rng_state(checkpoint)
 
 
 def make_trainer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,21 +29,11 @@ def save_adapter(model: Any, rows: StartRows, start: ModelSource, folder: Path) 
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink()  # PEFT's empty card, with this machine's path in it
     save_start_rows(folder, rows)
-    open_to_readers(folder)
 
 
 def save_tuned(model: Any, rows: StartRows, folder: Path) -> None:
     model.save_pretrained(folder)
     save_start_rows(folder, rows)
-    open_to_readers(folder)
-
-
-def open_to_readers(folder: Path) -> None:
-    """safetensors makes files that only their owner can read; the umask decides instead, as for any other file."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in folder.iterdir():
-        path.chmod(0o644 & ~umask)
 
 
 def require_same_tensors(tuned: Path, start: Path) -> None:

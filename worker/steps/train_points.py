@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from core.durable import sync_folder
 from core.job_spec import JobSpec
@@ -68,19 +70,48 @@ def conditions_of(workspace: Workspace) -> Conditions:
 
 def find_point(workspace: Workspace, spec: JobSpec) -> Manifest | None:
     """What the point says of itself from which the training is to go on. Raises PointRefused."""
-    return verify(workspace.resume_from, spec=spec.training_sha256) if workspace.resume_from.exists() else None
+    point = workspace.resume_from
+    # A link that leads nowhere is a point, too: the storage is away for a moment.
+    return verify(point, spec=spec.training_sha256) if point.is_symlink() or point.exists() else None
+
+
+#: What libraries raise over a state that another version of them wrote. Any other error may be this machine's fault.
+_STRANGE_STATE = (
+    "AttributeError",
+    "IndexError",
+    "KeyError",
+    "TypeError",
+    "UnpicklingError",
+    "ValidationError",
+    "ValueError",
+)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Raises PointRefused where a point that is whole cannot be loaded by what is installed here."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ not in _STRANGE_STATE:
+            raise
+        why = f"{type(error).__name__}: {child.first_line(error)}"
+        raise PointRefused(f"The resume point cannot be loaded by the libraries that are here ({why}).") from error
 
 
 def restore(workspace: Workspace) -> SoFar:
     """Put back what had been told and kept at the point."""
     point = workspace.resume_from
+    with loading():
+        so_far = msgspec.json.decode((point / SO_FAR_FILE).read_bytes(), type=SoFar)
+        TrainerState.load_from_json(str(point / TRAINER_STATE_NAME))
     shutil.copyfile(point / METRICS_FILE, workspace.metrics)
     for path in point.glob("epoch-*"):
         epoch, name = path.name.removeprefix("epoch-").split(".", 1)
         folder = workspace.checkpoint(int(epoch))
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
-    return msgspec.json.decode((point / SO_FAR_FILE).read_bytes(), type=SoFar)
+    return so_far
 
 
 def save_weights(model: Any, folder: Path) -> None:

@@ -99,23 +99,34 @@ def test_running_out_of_processor_time_is_a_failure_in_words(workspace):
     assert failure_of(workspace)["message"] == "The file is not checked within 1 seconds of processor time."
 
 
-def leased(workspace):
-    """A child that waits for its file: a pipe nobody has written to yet."""
+def leased(workspace, seconds):
+    """A child that waits for its file, a pipe nobody has written to yet, and has so long unless it hears more."""
     os.mkfifo(workspace.inputs / "file")
-    return subprocess.Popen(command(workspace, "--leased"), cwd=ROOT, stdin=subprocess.PIPE, bufsize=0)
+    return start_leased(workspace, seconds)
+
+
+def start_leased(workspace, seconds):
+    deadline = f"--leased={time.monotonic() + seconds}"
+    return subprocess.Popen(command(workspace, deadline), cwd=ROOT, stdin=subprocess.PIPE, bufsize=0)
 
 
 def test_a_leased_child_ends_when_stdin_closes(workspace):
-    child = leased(workspace)
+    child = leased(workspace, 30)
     child.stdin.close()
     assert child.wait(timeout=20) == -signal.SIGKILL
     assert not workspace.done("inspect").exists()
 
 
 def test_a_leased_child_ends_past_its_deadline(workspace):
-    child = leased(workspace)
+    child = leased(workspace, 30)
     child.stdin.write(f"{time.monotonic() + 30}\n".encode())
     child.stdin.write(f"{time.monotonic() + 0.2}\n".encode())
+    assert child.wait(timeout=20) == -signal.SIGALRM
+    child.stdin.close()
+
+
+def test_a_leased_child_whose_supervisor_never_speaks_ends_past_its_first_deadline(workspace):
+    child = leased(workspace, 0.2)
     assert child.wait(timeout=20) == -signal.SIGALRM
     child.stdin.close()
 
@@ -129,7 +140,7 @@ def test_neither_torch_nor_the_web_is_imported():
 def test_only_the_newest_deadline_counts_of_those_that_waited(workspace):
     """Lines pile up in the pipe while a step imports; an old one must not end it once a newer one is there."""
     put(workspace, ROW)
-    child = subprocess.Popen(command(workspace, "--leased"), cwd=ROOT, stdin=subprocess.PIPE, bufsize=0)
+    child = start_leased(workspace, -5)
     child.stdin.write(f"{time.monotonic() - 5}\n{time.monotonic() + 30}\n".encode())
 
     assert child.wait(timeout=20) == 0

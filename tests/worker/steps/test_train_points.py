@@ -19,7 +19,7 @@ from core.job_spec import JobSpec
 from tests.worker.steps import tiny
 from tests.worker.steps.nursery import Nursery
 from worker.progress import EXIT_SAVED, Metrics, Note, Saved, Step
-from worker.resume_manifest import MANIFEST_FILE, PointRefused, read_manifest, verify
+from worker.resume_manifest import MANIFEST_FILE, PointRefused, read_manifest, seal, verify
 from worker.steps import child, train, train_points
 from worker.steps.train_watch import SoFar, Watcher
 from worker.workspace import Workspace
@@ -400,6 +400,7 @@ def test_a_damaged_point_is_refused_before_anything_is_loaded(point, damage, mon
         train.main(point, tiny.Heard().writer)
     cause = child.cause_of(caught.value)
     assert (cause.code, cause.fault, cause.retryable) == ("resume_point_refused", "infrastructure", True)
+    assert "goes on from an older state" in cause.hint
 
 
 def test_the_point_of_another_training_is_refused(point):
@@ -414,6 +415,15 @@ def test_a_point_of_another_job_with_the_same_training_is_taken(point, nursery, 
     point.spec_file.write_text(again.model_dump_json())
     assert nursery.run(point) == 0
     assert left(point) == uninterrupted(LORA)
+
+
+def test_a_whole_point_that_other_code_wrote_is_refused(point):
+    """And then set aside, where an unexpected error would be met again at each try."""
+    (point.resume_from / train_points.SO_FAR_FILE).write_text('{"seconds": "long"}')
+    (point.resume_from / MANIFEST_FILE).unlink()
+    seal(point.resume_from, step=5, spec=LORA.training_sha256)
+    with pytest.raises(PointRefused, match="cannot be loaded by the libraries that are here"):
+        train.main(point, tiny.Heard().writer)
 
 
 def test_weights_that_the_model_does_not_train_are_refused(saved):
