@@ -256,7 +256,12 @@ class Soak:
         ]
         for thread in threads:
             thread.start()
-        self.over.wait(seconds)
+        began = time.monotonic()
+        while not self.over.wait(0.5):
+            passed = time.monotonic() - began
+            # On a slow machine longer, until each kind of fault has come once.
+            if passed > seconds and (not self.left_out() or passed > 3 * seconds):
+                break
         self.over.set()
         for thread in threads:
             thread.join()
@@ -293,15 +298,17 @@ class Soak:
         failed = {job_id: row.error["code"] for job_id, row in rows.items() if row.status == "failed"}
         strange = {job_id: code for job_id, code in failed.items() if code not in EXPECTED}
         cancelled = {job_id for job_id, row in rows.items() if row.status == "cancelled"}
-        left_out = {act.__name__ for act in self.acts} - set(self.faults)
         verdicts = {
             f"failed of what nobody did: {strange}": strange,
             f"cancelled by nobody: {cancelled - self.cancelled}": cancelled - self.cancelled,
             f"cancelled and ended otherwise: {self.cancelled - cancelled}": self.cancelled - cancelled,
-            f"faults that never came: {left_out}": left_out,
+            f"faults that never came: {self.left_out()}": self.left_out(),
             "not even half of the jobs succeeded": 2 * (len(rows) - len(failed) - len(cancelled)) < len(rows),
         }
         self.trouble += [sentence for sentence, is_so in verdicts.items() if is_so]
+
+    def left_out(self) -> set[str]:
+        return {act.__name__ for act in self.acts} - set(self.faults)
 
     def recoveries(self) -> list[float]:
         """Of each attempt that another one followed: from its last step to the first one of that other."""

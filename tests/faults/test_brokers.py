@@ -60,7 +60,7 @@ def test_jobs_whose_messages_are_all_lost_begin_at_the_next_sweep(field):
     """F06: nobody is told of what is queued, and nobody was about to look."""
     service = field.service
     service.parts["jobs"].stop()
-    ids = service.submit(10, steps=1)
+    ids = service.submit(5, steps=1)
     service.wait(ids, status="queued")
     service.parts["light"].stop()
     lose_all_messages(field)

@@ -119,7 +119,7 @@ def test_a_slow_database_costs_no_lease(on_servers, tmp_path):
     """F33: every word to it takes two seconds, and the training writes figures all the time."""
     on_servers.postgres.execute("CREATE DATABASE slow")
     line = Proxy(on_servers.postgres.port)
-    url = on_servers.postgres.url_at(line.port).replace("/postgres", "/slow")
+    url = on_servers.postgres.url_at(line.port).removesuffix("postgres") + "slow"
     patient = {"lease_seconds": "30", "beat_seconds": "3", "sweep_seconds": "3", "save_seconds": "3"}
     with closing(line), run_faulty(tmp_path / "data", database_url=url, **patient) as service:
         service.start("api", "light", "jobs")
