@@ -51,8 +51,8 @@ migrate: setup ## Bring the database to this version's schema
 	@$(BIN)/shadowft migrate
 
 .PHONY: test
-test: setup test-servers ## Run the tests (under ten minutes with `make check` on two cores)
-	$(TESTS) -m 'not slow' $(ARGS)
+test: setup test-servers ## Run the tests, but for those of `make check` and the long ones
+	$(TESTS) -m 'not slow' --ignore tests/test_architecture.py $(ARGS)
 
 .PHONY: test-all
 test-all: setup test-servers ## Run every test, the long ones too

@@ -19,7 +19,9 @@ def weights(contents: dict[str, bytes]) -> dict[str, bytes]:
     return {path: content for path, content in contents.items() if path.endswith(".safetensors") and "model/" in path}
 
 
-@pytest.mark.parametrize(("kind", "options"), [("shadow_job", {"scale": 1.0}), ("full_job", FULL_GRAFT)])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("shadow_job", {"scale": 1.0}), pytest.param("full_job", FULL_GRAFT, marks=pytest.mark.slow)]
+)
 def test_a_graft_like_the_jobs_own_is_its_model_to_the_byte(
     request: pytest.FixtureRequest, tmp_path: Path, kind: str, options: dict[str, object]
 ):

@@ -65,6 +65,7 @@ def test_a_running_job_is_cancelled_and_leaves_nothing(embedded: Ready):
     wait_until(lambda: not list((embedded.data_dir / "work").iterdir()))
 
 
+@pytest.mark.slow
 def test_a_queued_job_is_cancelled_at_once(embedded: Ready):
     first, second = start_training(embedded), submit(embedded, TUNING)
 
@@ -73,6 +74,7 @@ def test_a_queued_job_is_cancelled_at_once(embedded: Ready):
     follow(embedded, first.id, has_ended)
 
 
+@pytest.mark.slow
 def test_a_job_whose_worker_was_killed_is_taken_up_again(own: Ready):
     job = start_training(own)
     (child,) = processes(own, "worker.steps.train")
@@ -146,6 +148,7 @@ def do_not_wait(ready: Ready, job_id: str) -> None:
         database.execute("UPDATE job SET not_before = NULL WHERE id = ?", [job_id])
 
 
+@pytest.mark.slow
 def test_a_stopped_service_puts_its_job_back(own: Ready):
     job = start_training(own)
 

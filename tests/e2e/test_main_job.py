@@ -30,7 +30,7 @@ def test_a_shadow_job_succeeds_on_embedded_parts_and_on_servers(request: pytest.
     ready, ended = request.getfixturevalue(kind)
 
     assert ended.status == "succeeded", ended.error
-    assert ended.fine_tuned_model.startswith("ft:tiny:default::")
+    assert ended.fine_tuned_model.startswith("ft:tiny:default:")
     assert ended.trained_tokens > 0
     assert messages(ready, ended.id)[-1] == "The job has successfully completed"
     wait_until(lambda: not list((ready.data_dir / "work").iterdir()))  # tidied up just after

@@ -5,8 +5,9 @@ Each runs once for all tests of a process; a test finds it whole, and leaves beh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -29,33 +30,42 @@ class Field(NamedTuple):
     to_redis: Proxy | None = None
 
 
+#: What runs for the tests below this folder, until the last of them has passed: its sweeps would take the others' time.
+_stack = ExitStack()
+_made: dict[str, Field] = {}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    if nextitem is None or not nextitem.path.is_relative_to(Path(__file__).parent):
+        _made.clear()
+        _stack.close()
+
+
 @pytest.fixture(scope="session")
-def make_field(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Field]]:
-    with ExitStack() as stack:
-        made: dict[str, Field] = {}
+def make_field(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Field]:
+    def on_files() -> Field:
+        return Field(_stack.enter_context(run_faulty(tmp_path_factory.mktemp("files") / "data", **SETTINGS)))
 
-        def on_files() -> Field:
-            return Field(stack.enter_context(run_faulty(tmp_path_factory.mktemp("files") / "data", **SETTINGS)))
+    def on_servers() -> Field:
+        postgres, redis = PostgresServer(), RedisServer()
+        _stack.callback(postgres.close)
+        _stack.callback(redis.close)
+        postgres.start()
+        redis.start()
+        lines = Proxy(postgres.port), Proxy(redis.port)
+        for line in lines:
+            _stack.callback(line.close)
+        urls = {"database_url": postgres.url_at(lines[0].port), "broker_url": redis.url_at(lines[1].port)}
+        service = run_faulty(tmp_path_factory.mktemp("servers") / "data", **urls, **SETTINGS)
+        return Field(_stack.enter_context(service), postgres, redis, *lines)
 
-        def on_servers() -> Field:
-            postgres, redis = PostgresServer(), RedisServer()
-            stack.callback(postgres.close)
-            stack.callback(redis.close)
-            postgres.start()
-            redis.start()
-            lines = Proxy(postgres.port), Proxy(redis.port)
-            for line in lines:
-                stack.callback(line.close)
-            urls = {"database_url": postgres.url_at(lines[0].port), "broker_url": redis.url_at(lines[1].port)}
-            service = run_faulty(tmp_path_factory.mktemp("servers") / "data", **urls, **SETTINGS)
-            return Field(stack.enter_context(service), postgres, redis, *lines)
+    def make(name: str) -> Field:
+        if name not in _made:
+            _made[name] = on_files() if name == "files" else on_servers()
+        return _made[name]
 
-        def make(name: str) -> Field:
-            if name not in made:
-                made[name] = on_files() if name == "files" else on_servers()
-            return made[name]
-
-        yield make
+    return make
 
 
 def _mended(field: Field) -> Field:

@@ -287,7 +287,7 @@ def test_messages_that_are_none_kill_no_worker_of_the_embedded_broker(on_files):
     check(service)
     assert pids(service) == before
     assert service.job(running).attempt == 1
-    assert not list((service.settings.broker_dir / "jobs").glob("0*0?-1.msg"))
+    wait_until(lambda: not list((service.settings.broker_dir / "jobs").glob("0*0?-1.msg")))
 
 
 @pytest.mark.slow

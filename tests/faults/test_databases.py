@@ -249,6 +249,7 @@ def process_state(pid):
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+@pytest.mark.slow
 def test_a_process_frozen_in_a_write_on_postgresql_loses_its_locks_and_its_write(on_servers):
     """Its session is ended, so that the row is free for others; when it wakes, its commit fails."""
     service = on_servers.service

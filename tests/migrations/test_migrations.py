@@ -114,6 +114,7 @@ def environment(settings):
     }
 
 
+@pytest.mark.slow
 def test_the_command_run_twice_says_the_same_schema(empty):
     said = [
         subprocess.run(
@@ -132,6 +133,7 @@ def test_processes_that_start_at_once_on_an_empty_database_all_succeed(empty, da
     assert current(database) == newest()
 
 
+@pytest.mark.slow
 def test_alembic_by_hand_finds_the_same_database(empty, database):
     done = subprocess.run(
         [sys.executable, "-m", "alembic", "-c", str(ROOT / "alembic.ini"), "upgrade", "head"],

@@ -253,6 +253,7 @@ def test_an_admission_is_content_with_what_an_earlier_one_had_no_time_for(
     assert read(database, job_id).status == "queued"
 
 
+@pytest.mark.slow
 @on_sqlite
 def test_what_nobody_foresaw_is_tried_again_and_then_told(context, database, ask, settings, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere")

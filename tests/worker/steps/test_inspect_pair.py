@@ -72,6 +72,7 @@ def test_a_template_that_takes_all_memory_is_a_finding(inspect, pair):
     assert "MemoryError" in result["findings"][0]["message"]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_backtracks_without_end_is_a_finding(inspect, pair):
     tokenizer = pair.base / "tokenizer.json"
     tokenizer.write_text(json.dumps(json.loads(tokenizer.read_bytes()) | {"normalizer": BACKTRACKING}))

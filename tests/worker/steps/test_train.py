@@ -217,11 +217,6 @@ def test_the_tuned_model_is_the_start_in_float32_and_changed(full, models):
     assert str(models) not in (full.workspace.tuned / "config.json").read_text()
 
 
-def test_others_may_read_what_was_made(lora, full):
-    for path in [*lora.workspace.adapter.iterdir(), *full.workspace.tuned.iterdir()]:
-        assert path.stat().st_mode & 0o777 == 0o644
-
-
 @pytest.mark.slow
 def test_the_program_repeats_the_run_byte_for_byte_and_speaks_only_lines(as_program, lora):
     workspace, lines = as_program
