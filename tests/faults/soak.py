@@ -133,9 +133,14 @@ class Soak:
         while True:
             yield from self.random.sample(self.acts, len(self.acts))
 
-    def faulty_until_over(self) -> None:
+    def be_faulty(self, seconds: float) -> None:
+        """On a slow machine longer, until each kind of fault has come once."""
+        began = time.monotonic()
         for act in self.in_turn():
             if self.over.wait(self.random.uniform(*FAULT_SECONDS)):
+                return
+            passed = time.monotonic() - began
+            if passed > seconds and (not self.left_out() or passed > 3 * seconds):
                 return
             act()
             self.faults[act.__name__] += 1
@@ -250,21 +255,12 @@ class Soak:
 
     def run(self, seconds: float) -> dict[str, Any]:
         self.service.start("api", "light", *WORKERS)
-        threads = [
-            threading.Thread(target=self.guarded, args=(act,))
-            for act in (self.submit_until_over, self.faulty_until_over)
-        ]
-        for thread in threads:
-            thread.start()
-        began = time.monotonic()
-        while not self.over.wait(0.5):
-            passed = time.monotonic() - began
-            # On a slow machine longer, until each kind of fault has come once.
-            if passed > seconds and (not self.left_out() or passed > 3 * seconds):
-                break
+        submitter = threading.Thread(target=self.guarded, args=(self.submit_until_over,))
+        submitter.start()
+        # Not in a thread of its own: what it starts dies with the thread that started it.
+        self.guarded(lambda: self.be_faulty(seconds))
         self.over.set()
-        for thread in threads:
-            thread.join()
+        submitter.join()
         began = time.monotonic()
         self.guarded(self.wait_for_all)
         drained = time.monotonic() - began

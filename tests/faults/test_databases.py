@@ -120,13 +120,13 @@ def test_a_slow_database_costs_no_lease(on_servers, tmp_path):
     on_servers.postgres.execute("CREATE DATABASE slow")
     line = Proxy(on_servers.postgres.port)
     url = on_servers.postgres.url_at(line.port).removesuffix("postgres") + "slow"
-    patient = {"lease_seconds": "30", "beat_seconds": "3", "sweep_seconds": "3", "save_seconds": "3"}
+    patient = {"lease_seconds": "60", "beat_seconds": "10", "sweep_seconds": "3", "save_seconds": "10"}
     with closing(line), run_faulty(tmp_path / "data", database_url=url, **patient) as service:
         service.start("api", "light", "jobs")
         (job_id,) = service.submit(steps=300, seconds=0.2)
         service.wait_for_step(job_id)
         line.delay = 2.0
-        time.sleep(60)
+        time.sleep(90)
         line.delay = 0.0
         service.wait([job_id], seconds=90)
         check(service)
