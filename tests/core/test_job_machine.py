@@ -536,6 +536,7 @@ def test_every_order_of_what_can_happen_keeps_the_promises(database, number):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_a_thousand_long_lives_keep_the_promises(database, record_property):
     """With other seeds each time, or the one in MACHINE_SEED."""
     number = int(os.environ.get("MACHINE_SEED") or random.SystemRandom().randrange(2**32))
