@@ -183,6 +183,9 @@ def _service(folder: Path) -> Iterator[Client]:
         "SHADOWFT_DATA_DIR": str(data_dir),
         "SHADOWFT_PORT": str(port),
         "SHADOWFT_MODEL_ROOTS": str(folder / "pair"),
+        # Nobody waits long for a cancel here, not even of a step that does not listen.
+        "SHADOWFT_BEAT_SECONDS": "3",
+        "SHADOWFT_CANCEL_GRACE_SECONDS": "5",
     }
     with log_file.open("wb") as log:
         process = subprocess.Popen(

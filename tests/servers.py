@@ -71,7 +71,7 @@ def wait_until(claim: Callable[[], Any], *, seconds: float = 20.0, every: float 
 
 
 def missing(reason: str) -> None:
-    """A server that is not installed: a skip on somebody's machine, a failure where all tests must run."""
+    """What a test needs is not on this machine: a skip on somebody's own, a failure where all tests must run."""
     if os.environ.get("CI", "").lower() in {"1", "true"}:
         pytest.fail(f"{reason} (and CI is set)")
     pytest.skip(reason)

@@ -155,6 +155,7 @@ class Proxy:
         #: While set, nothing passes in either direction, and nobody is told.
         self.silent = threading.Event()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._closed = threading.Event()
         #: Those that were swallowed: open still, and mute for good.
         self._dead: list[tuple[socket.socket, socket.socket]] = []
         threading.Thread(target=self._accept, daemon=True).start()
@@ -178,7 +179,8 @@ class Proxy:
                 if is_forth and self.delay:
                     time.sleep(self.delay)
                 if self.silent.is_set():
-                    time.sleep(3600)  # this connection is dead for good, and nobody is told
+                    self._closed.wait()  # this connection is dead for good, and nobody is told
+                    break
                 target.sendall(piece)
         for end in (source, target):
             with suppress(OSError):
@@ -202,6 +204,7 @@ class Proxy:
             self.silent.clear()
 
     def close(self) -> None:
+        self._closed.set()
         self._listener.close()
         self._pairs += self._dead
         self.cut()
@@ -327,6 +330,18 @@ class Service:
         ids = [one.raise_for_status().json()["id"] for one in made]
         self.accepted += [job_id for job_id in ids if job_id not in self.accepted]
         return ids
+
+    def try_to_submit(self, *, seconds: float = 30) -> int:
+        """The status of what the API says just now to a submission of one step; 0 where it says nothing in time."""
+        body = {"model": MODEL, "training_file": self._file, "metadata": {"steps": "1"}}
+        with self.http as http:
+            try:
+                answer = http.post("/v1/fine_tuning/jobs", json=body, timeout=seconds)
+            except httpx.TransportError:
+                return 0
+        if answer.status_code == 200:
+            self.accepted.append(answer.json()["id"])
+        return answer.status_code
 
     def job(self, job_id: str) -> Job:
         with self.database.reading() as session:
@@ -507,7 +522,7 @@ def failing_calls(
             wait_until(lambda: tracer.poll() is not None or all(_is_traced(process, task) for task in wanted))
             if tracer.poll() is not None:
                 assert tracer.stderr is not None
-                pytest.skip(f"no process can be traced here: {tracer.stderr.read().decode().strip()}")
+                servers.missing(f"no process can be traced here: {tracer.stderr.read().decode().strip()}")
             yield Injected(log)
 
 
@@ -539,7 +554,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mounted.returncode != 0:
-        pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode().strip()}")
+        servers.missing(f"no disk can be mounted here: {mounted.stderr.decode().strip()}")
     try:
         yield folder
     finally:

@@ -32,6 +32,7 @@ import httpx
 import pytest
 from sqlalchemy import select, update
 
+from core.celery_app import NUDGE_TIMEOUT_SECONDS
 from core.models import Job
 from tests.faults.checker import check
 from tests.faults.faults import (
@@ -53,6 +54,10 @@ WORKERS = ("jobs", "jobs-2", "jobs-3")
 FAULT_SECONDS = (1.0, 4.0)
 #: A frozen worker sleeps past its lease, so that another one has its job when it wakes.
 FROZEN_SECONDS = 6.0
+#: A frozen Redis is mute for longer than a nudge waits for it.
+REDIS_SECONDS = 2 * NUDGE_TIMEOUT_SECONDS
+#: A line swallows, and a disk is full, for several beats, sweeps and saved states.
+FAULT_LASTS_SECONDS = 2.0
 #: Room for all that the jobs of one setting keep, and little more.
 DISK = "256m"
 #: What a job may fail of here: of children that were killed, as the kernel does for want of memory.
@@ -227,7 +232,7 @@ class Soak:
     def freeze_redis(self) -> None:
         assert self.redis is not None
         with self.redis.frozen():
-            time.sleep(4)
+            time.sleep(REDIS_SECONDS)
 
     def crash_postgres(self) -> None:
         assert self.postgres is not None
@@ -242,13 +247,13 @@ class Soak:
     def swallow(self) -> None:
         line = self.random.choice(self.lines)
         with line.swallowing():
-            time.sleep(2)
+            time.sleep(FAULT_LASTS_SECONDS)
 
     def fill_the_disk(self) -> None:
         """On SQLite the database's, too."""
         assert self.disk is not None
         ballast = fill(self.disk)
-        time.sleep(2)
+        time.sleep(FAULT_LASTS_SECONDS)
         ballast.unlink()
 
     # --- the whole ------------------------------------------------------------------------------------------------
@@ -328,6 +333,8 @@ class Soak:
             "attempts": sum(row.attempt for row in rows),
             "faults": sum(self.faults.values()),
             "faults_by_kind": dict(self.faults),
+            # Only who may mount a disk can fill one up.
+            "faults_not_possible_here": [] if self.disk else ["fill_the_disk"],
             "tries_of_clients_refused": self.refused,
             "recoveries": len(took),
             "median_recovery_s": round(median(took or [0]), 1),
@@ -342,7 +349,7 @@ def soak(database: str, broker: str, seconds: float, seed: int) -> dict[str, Any
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         disk = None
-        with suppress(pytest.skip.Exception):  # where nobody may mount one, no disk fills up
+        with suppress(pytest.skip.Exception):  # the line that is printed says so
             disk = stack.enter_context(small_disk(folder / "disk", DISK))
         postgres = PostgresServer() if database == "postgresql" else None
         redis = RedisServer() if broker == "redis" else None

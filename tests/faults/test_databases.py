@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-import httpx
 import psycopg
 import pytest
 from sqlalchemy import select
@@ -31,19 +30,6 @@ FAST_SECONDS = 10.0
 MANY = 25
 
 
-def answers(service) -> int:
-    """What the API says to a submission just now; 0 for nothing."""
-    with service.http as http:
-        body = {"model": "qwen2.5-0.5b", "training_file": service._file, "metadata": {"steps": "1"}}
-        try:
-            answer = http.post("/v1/fine_tuning/jobs", json=body)
-        except httpx.TransportError:
-            return 0
-    if answer.status_code == 200:
-        service.accepted.append(answer.json()["id"])
-    return answer.status_code
-
-
 # --- PostgreSQL that dies ---------------------------------------------------------------------------------------------
 
 
@@ -54,10 +40,10 @@ def test_a_database_that_dies_in_the_middle_of_a_job_and_comes_back_in_time_cost
     (job_id,) = service.submit(steps=40, seconds=0.1)
     service.wait_for_step(job_id, 3)
     postgres.crash()
-    assert answers(service) == 503
+    assert service.try_to_submit() == 503
     postgres.start()
     service.wait([job_id])
-    wait_until(lambda: answers(service) == 200)
+    wait_until(lambda: service.try_to_submit() == 200)
     service.wait(service.accepted)
     check(service)
     assert service.statuses([job_id]) == ["succeeded"]
@@ -91,7 +77,7 @@ def test_a_database_that_dies_every_few_seconds_loses_no_job(on_servers):
 
     def go_on_submitting():
         while not ended.wait(1):
-            answers(service)
+            service.try_to_submit()
 
     submitting = threading.Thread(target=go_on_submitting)
     submitting.start()
@@ -159,7 +145,7 @@ def test_connections_that_are_all_taken_make_requests_fail_fast_and_no_job_fail(
             while True:
                 taken.append(psycopg.connect(host=HOST, port=postgres.port, user="postgres", dbname="postgres"))
         began = time.monotonic()
-        assert answers(service) in {200, 503}
+        assert service.try_to_submit() in {200, 503}
         assert time.monotonic() - began < FAST_SECONDS
         service.wait([job_id])
     finally:
@@ -210,7 +196,7 @@ def test_processes_whose_clocks_are_an_hour_from_the_databases_lose_no_lease_and
     postgres.crash()
     postgres.start(clock=clock)
     try:
-        wait_until(lambda: answers(service) == 200)
+        wait_until(lambda: service.try_to_submit() == 200)
         ids = service.submit(4, steps=30, seconds=0.1)
         service.wait(ids)
         check(service)
@@ -277,11 +263,11 @@ def test_a_process_frozen_in_a_write_on_sqlite_holds_up_writers_until_it_is_ende
     with frozen_in_a_write(service, done, limit_seconds=1):
         assert not can_write(service.settings.data_dir / "shadowft.db")
         began = time.monotonic()
-        assert answers(service) == 503
+        assert service.try_to_submit() == 503
         assert time.monotonic() - began < 25
         with service.http as http:
             assert http.get(f"/v1/fine_tuning/jobs/{done}").status_code == 200
-    wait_until(lambda: answers(service) == 200)
+    wait_until(lambda: service.try_to_submit() == 200)
     service.wait(service.accepted)
     check(service)
     assert service.job(done).trained_tokens == 1
@@ -295,7 +281,7 @@ def test_a_write_lock_that_is_held_for_long_delays_jobs_and_halves_none(on_files
     service.wait_for_step(job_id)
     with closing(sqlite3.connect(service.settings.data_dir / "shadowft.db", isolation_level=None)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
-        assert answers(service) == 503
+        assert service.try_to_submit() == 503
         time.sleep(15)
         connection.execute("ROLLBACK")
     service.wait([job_id])

@@ -11,14 +11,13 @@ import sqlite3
 import time
 from contextlib import closing, contextmanager
 
-import httpx
 import psutil
 import pytest
 from sqlalchemy import func, select
 
 from core.models import Job
 from tests.faults.checker import check
-from tests.faults.faults import MODEL, failing_calls
+from tests.faults.faults import failing_calls
 from tests.servers import wait_until
 
 #: They share their services.
@@ -31,19 +30,6 @@ SYNC_FAILS = "fsync,fdatasync:error=EIO"
 def count(service):
     with service.database.reading() as session:
         return session.scalar(select(func.count()).select_from(Job))
-
-
-def try_to_submit(service, *, seconds=20.0):
-    """The status of the answer; 0 for none."""
-    body = {"model": MODEL, "training_file": service._file, "metadata": {"steps": "1"}}
-    with service.http as http:
-        try:
-            answer = http.post("/v1/fine_tuning/jobs", json=body, timeout=seconds)
-        except httpx.TransportError:
-            return 0
-    if answer.status_code == 200:
-        service.accepted.append(answer.json()["id"])
-    return answer.status_code
 
 
 # --- storage ----------------------------------------------------------------------------------------------------------
@@ -119,12 +105,12 @@ def test_a_job_that_the_database_could_not_keep_is_not_accepted(on_files, fault)
     service.wait(service.submit())
     before = count(service)
     with failing_calls(service.parts["api"].pid, fault) as injected:
-        assert try_to_submit(service) == 503
+        assert service.try_to_submit() == 503
         assert injected
     assert count(service) == before
     with closing(sqlite3.connect(service.settings.data_dir / "shadowft.db")) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    wait_until(lambda: try_to_submit(service) == 200)
+    wait_until(lambda: service.try_to_submit() == 200)
     service.wait(service.accepted)
     check(service)
 
@@ -179,8 +165,8 @@ def test_an_api_without_descriptors_answers_again_once_it_has_some(service):
     service.submit()
     pid = service.parts["api"].pid
     with no_descriptors(pid):
-        codes = {try_to_submit(service, seconds=3) for _ in range(5)}
-    wait_until(lambda: try_to_submit(service) == 200, seconds=30)
+        codes = {service.try_to_submit(seconds=3) for _ in range(5)}
+    wait_until(lambda: service.try_to_submit() == 200, seconds=30)
     service.wait(service.accepted)
     check(service)
     assert service.parts["api"].pid == pid
