@@ -18,7 +18,7 @@ from sqlalchemy import select
 
 from core.models import Job
 from tests.faults.checker import check
-from tests.faults.faults import ROOT, Proxy, can_write, run_faulty
+from tests.faults.faults import INTERVALS, ROOT, Proxy, can_write, run_faulty
 from tests.servers import HOST, die_with_parent, wait_until
 
 #: They share their services.
@@ -39,16 +39,19 @@ def test_a_database_that_dies_in_the_middle_of_a_job_and_comes_back_in_time_cost
     service.submit()
     (job_id,) = service.submit(steps=40, seconds=0.1)
     service.wait_for_step(job_id, 3)
+    began = time.monotonic()
     postgres.crash()
     assert service.try_to_submit() == 503
     postgres.start()
+    in_time = time.monotonic() - began < float(INTERVALS["LEASE_SECONDS"]) / 2
     service.wait([job_id])
     wait_until(lambda: service.try_to_submit() == 200)
     service.wait(service.accepted)
     check(service)
     assert service.statuses([job_id]) == ["succeeded"]
     job = service.job(job_id)
-    assert (job.attempt, job.lost_count, job.infra_retries) == (1, 0, 0)
+    assert (job.lost_count, job.infra_retries) == (0, 0)
+    assert job.attempt == 1 or not in_time  # a crowded machine may not be done before the lease is
 
 
 @pytest.mark.slow
