@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from core.durable import sync_folder
-from core.errors import Conflict, InvalidInput, Unavailable
+from core.errors import Conflict, InvalidInput, ShadowError, Unavailable
 
 MANIFEST_FILE = "manifest.json"
 
@@ -100,39 +101,43 @@ class Draft:
     """The hidden folder beside `out` in which it is made: `.{out.name}.graft`.
 
     folder/    what becomes `out`
-    records/   one for each finished shard, written after it
+    records/   one for each finished shard, written after it: its own sha256, and what is known of the shard
     plan.json  what is being made of what; a draft of another plan is thrown away
-    lock       held while a process writes here
+    lock       held while a process writes here; removed last
     """
 
     def __init__(self, out: Path) -> None:
         self._out = out
         self._root = out.with_name(f".{out.name}.graft")
-        self._new_parents = [parent for parent in out.parents if not parent.exists()]
+        self._new_parents = [parent for parent in out.parents if parent.name != ".." and not parent.exists()]
         self.folder = self._root / "folder"
         self._records = self._root / "records"
+        self._lock = self._root / "lock"
 
     def begin(self, plan: str) -> None:
-        plan_file = self._root / "plan.json"
-        if plan_file.exists() and plan_file.read_text() == plan:
-            return
-        for folder in (self.folder, self._records):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-        with hashed_file(plan_file) as file:
-            file.write(plan.encode())
+        """A kill may have left any part of a draft, or all but its folder."""
+        plan_file, content = self._root / "plan.json", plan.encode()
+        if not plan_file.exists() or plan_file.read_bytes() != content:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self._records, ignore_errors=True)
+        self.folder.mkdir(exist_ok=True)
+        self._records.mkdir(exist_ok=True)
+        write_bytes(plan_file, content)
 
     def finished(self) -> dict[str, dict[str, Any]]:
         """What was kept of each shard that is whole."""
-        kept = (json.loads(path.read_bytes()) for path in sorted(self._records.glob("*.json")))
+        kept = (_read_record(path) for path in sorted(self._records.glob("*.json")))
         return {
             record["file"]: record
             for record in kept
-            if (path := self.folder / record["file"]).exists() and path.stat().st_size == record["bytes"]
+            if record is not None
+            and (path := self.folder / record["file"]).exists()
+            and path.stat().st_size == record["bytes"]
         }
 
     def keep(self, file: str, record: FileRecord, measured: dict[str, Any]) -> None:
-        write_json(self._records / f"{file}.json", {"file": file, **asdict(record), "measured": measured})
+        content = json_bytes({"file": file, **asdict(record), "measured": measured})
+        write_bytes(self._records / f"{file}.json", _seal(content) + content)
 
     def publish(self) -> None:
         for folder in (*(entry for entry in self.folder.iterdir() if entry.is_dir()), self.folder):
@@ -150,11 +155,19 @@ class Draft:
                 path.unlink()
 
     def remove(self) -> None:
-        """All of it, and the folders that were made for it, where nothing else came to lie in them."""
-        shutil.rmtree(self._root, ignore_errors=True)
+        """All of it, and the folders that were made for it, where nothing else came to lie in them.
+
+        The lock goes last: until then nobody else begins a draft here, whose files would go too.
+        """
         with suppress(OSError):
-            for parent in self._new_parents:
-                parent.rmdir()
+            for path in self._root.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path != self._lock:
+                    path.unlink()
+            self._lock.unlink()
+            for folder in (self._root, *self._new_parents):
+                folder.rmdir()
 
     def remove_empty(self) -> None:
         """Where no shard is finished there is nothing to go on from."""
@@ -163,29 +176,57 @@ class Draft:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Conflict: another process is writing to the same `out`."""
-        with self._open_lock() as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Conflict(
-                    f"Another process is writing {self._out.name} at this moment",
-                    code="output_busy",
-                    hint="Wait for it, or write elsewhere.",
-                ) from None
-            yield
+        """Conflict: another process is writing to the same `out`, or something else lies where the draft would."""
+        while True:
+            with self._open_lock() as lock:
+                self._take(lock)
+                if self._is_in_place(lock):
+                    yield
+                    return
 
     def _open_lock(self) -> BinaryIO:
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            return (self._root / "lock").open("wb")
+            return self._lock.open("wb")
         except OSError as error:
-            raise Unavailable(
-                f"{self._out.name} cannot be written into {self._out.parent.name or self._out.parent} "
-                f"({error.strerror or error})",
-                code="storage_unavailable",
-                hint="Name a place where you may write.",
-            ) from error
+            raise self._refusal(error) from error
+
+    def _take(self, lock: BinaryIO) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Conflict(
+                f"Another process is writing {self._out.name} at this moment",
+                code="output_busy",
+                hint="Wait for it, or write elsewhere.",
+            ) from None
+
+    def _is_in_place(self, lock: BinaryIO) -> bool:
+        """Whoever held it may have removed it between our opening and our locking, and a third may hold a new one."""
+        try:
+            return os.path.samestat(os.fstat(lock.fileno()), self._lock.stat())
+        except FileNotFoundError:
+            return False
+
+    def _refusal(self, error: OSError) -> ShadowError:
+        if error.errno == errno.ENAMETOOLONG:
+            return InvalidInput(
+                f"The name {self._out.name[:40]}… is too long",
+                param="out",
+                hint="Name a shorter one: the folder that it is made in has a name seven letters longer.",
+            )
+        if error.errno in (errno.EEXIST, errno.EISDIR):
+            return Conflict(
+                f"{error.filename} is in the way of {self._out.name} ({error.strerror})",
+                code="output_busy",
+                hint="Remove it, or write elsewhere.",
+            )
+        return Unavailable(
+            f"{self._out.name} cannot be written into {self._out.parent.name or self._out.parent} "
+            f"({error.strerror or error})",
+            code="storage_unavailable",
+            hint="Name a place where you may write.",
+        )
 
 
 @contextmanager
@@ -214,8 +255,24 @@ def draft_of(out: Path, plan: str) -> Iterator[Draft]:
 
 
 def refuse_taken(out: Path) -> None:
-    if out.exists() or out.is_symlink():
+    """InvalidInput: something is there, be it under another name. `..` of what is yet to be made will be there."""
+    place = os.path.realpath(out)
+    if out.name == ".." or os.path.lexists(out) or os.path.exists(place):  # noqa: PTH110 - pathlib's own may raise
         raise InvalidInput(f"{out.name} exists already", param="out", hint="Name a folder that does not exist yet.")
+
+
+def _seal(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode() + b"\n"
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """What was kept of one shard; None where the file is not as it was written."""
+    raw = path.read_bytes()
+    content = raw.partition(b"\n")[2]
+    if raw != _seal(content) + content:
+        return None
+    record: dict[str, Any] = json.loads(content)
+    return record
 
 
 def _disk_refused(draft: Draft, out: Path, error: OSError) -> Unavailable:

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 from typing import Any
 
-from worker.weights import graft
+from core.durable import sync_folder
+from worker.weights import files, graft
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["worker.weights"])
@@ -47,6 +49,18 @@ def graft_until_killed(share: float, options: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     graft(**options, on_progress=watch)
+
+
+def graft_until_published(options: dict[str, Any]) -> None:
+    """A graft that kills itself as soon as its folder has its name."""
+
+    def die_if_it_stands(folder: Path) -> None:
+        if options["out"].exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync_folder(folder)
+
+    files.sync_folder = die_if_it_stands
+    graft(**options)
 
 
 def graft_slowly(pauses: float, options: dict[str, Any]) -> None:

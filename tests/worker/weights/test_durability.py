@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import stat
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from core.errors import InvalidInput, PairRefused, ShadowError
+from core.errors import Conflict, InvalidInput, PairRefused, ShadowError
 from core.graft_plan import Selection
 from tests.worker.weights.children import (
     graft_and_wait,
     graft_slowly,
     graft_until_killed,
+    graft_until_published,
     graft_within,
     pipe,
     run_child,
@@ -169,6 +173,51 @@ def test_a_damaged_shard_of_a_killed_graft_is_made_again(pair):
     assert all_bytes(pair / "out") == all_bytes(pair / "undisturbed")
 
 
+def cut_the_record(draft: Path) -> None:
+    record = min((draft / "records").iterdir())
+    record.write_bytes(record.read_bytes()[:40])
+
+
+def change_a_figure(draft: Path) -> None:
+    """Still a record by its shape; what the graft says of itself would be made of it."""
+    record = min((draft / "records").iterdir())
+    content = re.sub(rb'"sha256": "..', b'"sha256": "00', record.read_bytes())
+    assert content != record.read_bytes()
+    record.write_bytes(content)
+
+
+DAMAGED_DRAFTS: dict[str, Callable[[Path], object]] = {
+    "a cut record": cut_the_record,
+    "an empty record": lambda draft: min((draft / "records").iterdir()).write_bytes(b""),
+    "a record of another shape": lambda draft: min((draft / "records").iterdir()).write_bytes(b"[]"),
+    "a record with another figure": change_a_figure,
+    "a plan that is no text": lambda draft: (draft / "plan.json").write_bytes(b"\xff\xfe"),
+    "no plan": lambda draft: (draft / "plan.json").unlink(),
+    "no folder": lambda draft: shutil.rmtree(draft / "folder"),
+    "no records": lambda draft: shutil.rmtree(draft / "records"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_DRAFTS.values(), ids=DAMAGED_DRAFTS.keys())
+def test_what_is_damaged_in_a_draft_is_made_again_at_the_first_try(pair, damage):
+    assert run_child(graft_until_killed, 0.9, options(pair)) == -signal.SIGKILL
+    damage(pair / ".out.graft")
+    run(pair)
+    run(pair, out=pair / "undisturbed")
+    assert all_bytes(pair / "out") == all_bytes(pair / "undisturbed")
+    assert names(pair) == SOURCES | {"out", "undisturbed"}
+
+
+def test_a_kill_after_the_last_rename_spoils_no_later_graft(pair):
+    """What is left of the draft has a plan and no folder."""
+    assert run_child(graft_until_published, options(pair)) == -signal.SIGKILL
+    published = all_bytes(pair / "out")
+    shutil.rmtree(pair / "out")
+    assert run(pair).resumed_shards == 0
+    assert all_bytes(pair / "out") == published
+    assert names(pair) == SOURCES | {"out"}
+
+
 # --- two at once ------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +234,66 @@ def test_of_two_grafts_to_one_place_the_second_is_refused(pair):
     run(pair, out=pair / "alone")
     assert all_bytes(pair / "out") == all_bytes(pair / "alone")
     assert names(pair) == SOURCES | {"out", "alone"}
+
+
+def test_a_lock_that_its_holder_took_away_locks_nobody_out_and_nobody_in(pair, monkeypatch):
+    """Between the opening of a lock and its locking another graft may end, and a third begin."""
+    real, held = fcntl.flock, []
+
+    def late(file: BinaryIO, how: int) -> None:
+        if not held:
+            held.append(Path(file.name).parent)
+            shutil.rmtree(held[0])  # the first graft has ended
+            held[0].mkdir()
+            held.append((held[0] / "lock").open("wb"))  # the third has begun
+            real(held[1], how)
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(Conflict, match="Another process is writing out"):
+        run(pair)
+    held[1].close()
+    run(pair)
+    assert names(pair) == SOURCES | {"out"}
+
+
+def make_a_file(draft: Path) -> Path:
+    draft.write_text("mine")
+    return draft
+
+
+def make_the_lock_a_folder(draft: Path) -> Path:
+    (draft / "lock").mkdir(parents=True)
+    return draft / "lock"
+
+
+@pytest.mark.parametrize("put", [make_a_file, make_the_lock_a_folder])
+def test_what_lies_in_the_place_of_a_draft_is_named_and_kept(pair, put):
+    thing = put(pair / ".out.graft")
+    with pytest.raises(Conflict) as refused:
+        run(pair)
+    assert str(thing) in refused.value.message
+    assert thing.exists()
+    assert names(pair) == SOURCES | {".out.graft"}
+
+
+# --- the place --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [250, 256])
+def test_a_name_that_is_too_long_is_refused(pair, length):
+    """The draft's name is longer than its own."""
+    with pytest.raises(InvalidInput, match="is too long"):
+        run(pair, out=pair / ("x" * length))
+    assert names(pair) == SOURCES
+
+
+def test_a_place_that_is_there_by_another_name_is_refused(pair):
+    with pytest.raises(InvalidInput, match="exists already"):
+        run(pair, out=pair / "new" / "..")
+    assert names(pair) == SOURCES
+    run(pair, out=pair / "new" / ".." / "out")
+    assert names(pair) == SOURCES | {"out"}
 
 
 # --- no room ----------------------------------------------------------------------------------------------------------
