@@ -40,12 +40,13 @@ def of_verification(found: Verification) -> Rows:
 def _figures(result: GraftResult) -> Rows:
     if result.fidelity is None:
         return [("fidelity", "not measured; no file was hashed")]
-    rows = [("fidelity", f"{result.fidelity:.4f} of the change survives rounding")]
-    if result.worst_tensor is not None:
-        rows.append(("  worst", f"{result.worst_fidelity:.4f} in {result.worst_tensor}"))
+    rows = [("fidelity", f"{max(0.0, result.fidelity):.4f} of the change survives rounding")]
+    if result.worst_tensor is not None and result.worst_fidelity is not None:
+        rows.append(("  worst", f"{max(0.0, result.worst_fidelity):.4f} in {result.worst_tensor}"))
     if result.discarded_share:
         rows.append(("left out", f"{result.discarded_share:.4f} of the whole change, by scope or patterns"))
-    rows.append(("norm", f"{result.relative_norm:.3g} of that of the weights it was added to"))
+    if result.relative_norm is not None:
+        rows.append(("norm", f"{result.relative_norm:.3g} of that of the weights it was added to"))
     if result.cosine is not None:
         rows.append(("cosine", f"{result.cosine:+.4f} with instruct minus base"))
     return rows

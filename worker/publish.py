@@ -164,7 +164,7 @@ def _listed(patterns: Sequence[str]) -> str:
 def _kept(result: dict[str, Any]) -> str:
     if result["grafted"] == 0:
         return "There was no change to graft: the weights are the instruct model's own."
-    kept = f"Of the grafted change {result['fidelity']:.1%} survived storage in the weights' dtype (L2)"
+    kept = f"Of the grafted change {max(0.0, result['fidelity']):.1%} survived storage in the weights' dtype (L2)"
     discarded = f"; scope and patterns had left out {result['discarded_share']:.1%} of what was learned"
     return f"{kept}{discarded if result['discarded_share'] else ''}."
 

@@ -128,7 +128,8 @@ def _tell(figures: dict[str, Any], progress: ProgressWriter, *, kind: Kind, outp
         progress.note(f"About the graft: {remark}.")
     shown = ("fidelity", "worst_tensor", "worst_fidelity", "discarded_share", "relative_norm", "cosine")
     data = {name: figures[name] for name in shown}
-    message = f"The graft at scale {figures['scale']:g} keeps {figures['fidelity']:.1%} of the learned change."
+    kept = max(0.0, figures["fidelity"])
+    message = f"The graft at scale {figures['scale']:g} keeps {kept:.1%} of the learned change."
     if figures["discarded_share"]:
         message += f" Scope and patterns had left out {figures['discarded_share']:.1%} of it."
     if figures["grafted"] == 0:

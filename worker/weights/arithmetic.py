@@ -54,12 +54,18 @@ def add(kept: Array, change: Change, out: Array, spare: Buffer, *, total: Array 
     return sums if math.isfinite(sum(sums)) else None
 
 
-def convert(values: Array, out: Array, spare: Buffer) -> None:
-    """Write `values`, (n,) as the kernels take them, to `out`, bfloat16 or float32, rounded once."""
+def convert(values: Array, out: Array, spare: Buffer) -> bool:
+    """Write `values`, (n,) as the kernels take them, to `out`, bfloat16 or float32, rounded once.
+
+    False: a finite one is too large for the dtype of `out`.
+    """
     made = _made_in(out, spare)
-    kernels.store(values, made)
+    largest = kernels.store(values, made)
     if made is not out:
         np.copyto(out, made)
+    if largest < _TOO_LARGE[out.dtype]:
+        return True
+    return bool((np.isfinite(widened(out)) | ~np.isfinite(widened(values))).all())
 
 
 def _made_in(out: Array, spare: Buffer) -> Array:

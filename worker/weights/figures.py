@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
+from core.graft_plan import listed
+
 #: Below it, the owner is told that storage ate a part of the training (full tuning at a rate of 1e-5, stored in
 #: bfloat16, can lose a third and more).
 LOW_FIDELITY = 0.9
@@ -43,10 +45,11 @@ class Figures:
     """Of the grafted tensors of one layer or of one module."""
 
     tensors: int
-    #: `1 - |stored - exact| / |scale * delta|` (L2); 1 where there was nothing to add.
+    #: `1 - |stored - exact| / |scale * delta|` (L2); 1 where there was nothing to add. Below 0 where rounding moved the
+    #: weights by more than the change does; in words that is none of it.
     fidelity: float
-    #: `|scale * delta| / |instruct|` (L2).
-    relative_norm: float
+    #: `|scale * delta| / |instruct|` (L2); None where Instruct's weights are all zero.
+    relative_norm: float | None
     #: Of the update and (instruct - base); None where base is not known or is Instruct itself.
     cosine: float | None
 
@@ -59,7 +62,7 @@ class Measurement:
     #: The grafted tensor that keeps least of its update; None where there was nothing to add.
     worst_tensor: str | None
     worst_fidelity: float | None
-    #: Share of the whole change (L2) that the selection left out; None at scale 0.
+    #: Share of the whole change (L2) that the selection left out; None at scale 0, and where that is no finite number.
     discarded_share: float | None
     relative_norm: float | None
     cosine: float | None
@@ -70,10 +73,12 @@ class Measurement:
     layers: dict[str, Figures]
     #: By the module's name, such as `q_proj`.
     modules: dict[str, Figures]
+    #: Harmless differences between the models, and what is wrong with a change that was left out; in words.
+    remarks: tuple[str, ...]
 
     @classmethod
-    def none(cls, *, grafted: int, tensors: int) -> Measurement:
-        return cls(None, None, None, None, None, None, grafted, tensors - grafted, {}, {})
+    def none(cls, *, grafted: int, tensors: int, remarks: tuple[str, ...]) -> Measurement:
+        return cls(None, None, None, None, None, None, grafted, tensors - grafted, {}, {}, remarks)
 
 
 class Tally:
@@ -87,23 +92,26 @@ class Tally:
         self._chunks[name].append(sums)
 
     def add_discarded(self, name: str, squares: float) -> None:
+        """`squares` may be infinite: the tuning has diverged in a part that the graft does not take."""
         self._discarded[name].append(squares)
 
     def of(self, names: Iterable[str]) -> dict[str, Any]:
         """The sums of finished tensors, as JSON for `restore`; from here on nothing else is kept of them."""
-        listed = list(names)
+        here = list(names)
         kept = {
-            "grafted": {name: _total(self._chunks[name]) for name in listed if name in self._chunks},
-            "discarded": {name: math.fsum(self._discarded[name]) for name in listed if name in self._discarded},
+            "grafted": {name: _total(self._chunks[name]) for name in here if name in self._chunks},
+            "discarded": {name: _finite(math.fsum(self._discarded[name])) for name in here if name in self._discarded},
         }
         self.restore(kept)
         return kept
 
     def restore(self, kept: Mapping[str, Any]) -> None:
         self._chunks.update({name: [Sums(*sums)] for name, sums in kept["grafted"].items()})
-        self._discarded.update({name: [squares] for name, squares in kept["discarded"].items()})
+        discarded = kept["discarded"].items()
+        self._discarded.update({name: [math.inf if squares is None else squares] for name, squares in discarded})
 
-    def measurement(self, *, scale: float, tensors: int) -> Measurement:
+    def measurement(self, *, scale: float, tensors: int, remarks: tuple[str, ...]) -> Measurement:
+        """`remarks` are what was remarkable before the pass."""
         totals = {name: _total(chunks) for name, chunks in self._chunks.items()}
         totals = {name: sums for name, sums in sorted(totals.items()) if sums.update}
         whole = _figures(totals.values())
@@ -119,14 +127,23 @@ class Tally:
             copied=tensors - len(totals),
             layers=_grouped(totals, layer_of),
             modules=_grouped(totals, module_of),
+            remarks=(*remarks, *self._diverged()),
         )
 
     def _discarded_share(self, scale: float, total: Sums) -> float | None:
         if not scale:  # nothing was looked at
             return None
         left_out = math.sqrt(math.fsum(square for squares in self._discarded.values() for square in squares))
+        if math.isinf(left_out):
+            return None
         whole = math.hypot(left_out, math.sqrt(total.update) / abs(scale))
         return left_out / whole if whole else 0.0
+
+    def _diverged(self) -> list[str]:
+        names = sorted(name for name, squares in self._discarded.items() if math.inf in squares)
+        if not names:
+            return []
+        return [f"the change of {listed(names)}, which is left out, is not a finite number: has the tuning diverged?"]
 
 
 def layer_of(name: str) -> str | None:
@@ -166,19 +183,24 @@ def _natural(group: str) -> tuple[int, str]:
     return (int(group), "") if group.isdecimal() else (0, group)
 
 
-def _figures(listed: Iterable[Sums]) -> Figures:
-    found = list(listed)
+def _figures(sums: Iterable[Sums]) -> Figures:
+    found = list(sums)
     total = _total(found)
     return Figures(
         tensors=len(found),
         fidelity=_fidelity(total),
-        relative_norm=math.sqrt(total.update / total.kept) if total.kept else 0.0,
+        relative_norm=math.sqrt(total.update / total.kept) if total.kept else (None if total.update else 0.0),
         cosine=total.towards / math.sqrt(total.update * total.gap) if total.update and total.gap else None,
     )
 
 
-def _total(listed: Iterable[Sums]) -> Sums:
-    columns = zip(*listed, strict=True)
+def _finite(value: float) -> float | None:
+    """JSON has no word for infinity."""
+    return value if math.isfinite(value) else None
+
+
+def _total(sums: Iterable[Sums]) -> Sums:
+    columns = zip(*sums, strict=True)
     return Sums(*(math.fsum(column) for column in columns))
 
 

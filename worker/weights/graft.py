@@ -56,8 +56,6 @@ _TEMPLATE_FOLDER = "additional_chat_templates"
 @dataclass(frozen=True, kw_only=True)
 class GraftResult(Measurement):
     scale: float
-    #: Harmless differences between the models, in words.
-    remarks: tuple[str, ...]
     #: Shards that an earlier, killed run had finished.
     resumed_shards: int
     #: Of all files.
@@ -189,7 +187,6 @@ def graft(
     return GraftResult(
         **{name: getattr(measurement, name) for name in Measurement.__dataclass_fields__},
         scale=scale,
-        remarks=plan.bound.remarks,
         resumed_shards=shards.resumed,
         bytes=written,
         seconds=time.monotonic() - started,
@@ -202,10 +199,11 @@ def refuse_scale(scale: float) -> None:
 
 
 def _measurement(plan: Plan, tally: Tally, *, measure: bool) -> Measurement:
-    tensors = len(plan.checkpoint.tensors)
+    tensors, remarks = len(plan.checkpoint.tensors), plan.bound.remarks
     if not measure:
-        return Measurement.none(grafted=len(plan.bound.grafted) if plan.options.scale else 0, tensors=tensors)
-    return tally.measurement(scale=plan.options.scale, tensors=tensors)
+        grafted = len(plan.bound.grafted) if plan.options.scale else 0
+        return Measurement.none(grafted=grafted, tensors=tensors, remarks=remarks)
+    return tally.measurement(scale=plan.options.scale, tensors=tensors, remarks=remarks)
 
 
 def refuse_inside(out: Path, sources: Iterable[Path]) -> None:
@@ -276,7 +274,6 @@ def describe(
         "options": plan.options.as_json(plan.delta.kind),
         **describe_start(plan),
         **asdict(measurement),
-        "remarks": list(plan.bound.remarks),
         "versions": {"python": platform.python_version(), **versions(*MADE_BY)},
     }
 

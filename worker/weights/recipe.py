@@ -70,7 +70,13 @@ class Recipe:
 
     def _convert(self, piece: Piece, first: int, last: int, view: memoryview, scratch: Scratch) -> None:
         values = self.instruct.values(piece.info, first, last, scratch.kept)
-        convert(values, np.frombuffer(view, DTYPES[piece.dtype]), scratch.out)
+        if not convert(values, np.frombuffer(view, DTYPES[piece.dtype]), scratch.out):
+            raise InvalidInput(
+                f"{piece.info.name} of instruct holds numbers that are too large for the output's {piece.dtype}",
+                code="not_finite",
+                param="output_dtype",
+                hint="Keep Instruct's dtype (auto), or ask for float32.",
+            )
 
     def _graft(
         self, piece: Piece, delta: TensorChange, first: int, last: int, view: memoryview, scratch: Scratch
@@ -88,30 +94,28 @@ class Recipe:
         self.tally.add(piece.info.name, sums)
 
     def _measure_discarded(self, piece: Piece, delta: TensorChange, first: int, last: int, scratch: Scratch) -> None:
-        _, squares = self._unscaled(piece, delta, first, last, scratch)
-        self.tally.add_discarded(piece.info.name, squares)
+        _, squares = self._unscaled(delta, first, last, scratch)
+        self.tally.add_discarded(piece.info.name, squares if math.isfinite(squares) else math.inf)
 
     def _subtract(
         self, piece: Piece, delta: TensorChange, first: int, last: int, view: memoryview, scratch: Scratch
     ) -> None:
         """The delta itself."""
-        decrement, squares = self._unscaled(piece, delta, first, last, scratch)
+        decrement, squares = self._unscaled(delta, first, last, scratch)
+        if not math.isfinite(squares):
+            with _named(piece):
+                raise NotFinite
         self.tally.add(piece.info.name, Sums(update=squares))
         out = np.frombuffer(view, F32)
         np.subtract(F32.type(0), decrement, out=out)  # where nothing changed +0.0
 
-    def _unscaled(
-        self, piece: Piece, delta: TensorChange, first: int, last: int, scratch: Scratch
-    ) -> tuple[Array, float]:
-        """The decrement at scale 1, and the sum of its squares."""
+    def _unscaled(self, delta: TensorChange, first: int, last: int, scratch: Scratch) -> tuple[Array, float]:
+        """The decrement at scale 1, and the sum of its squares, which may be no finite number."""
         change = delta.read(first, last, 1.0, scratch, careful=False)
         squares = change_squares(change)
         if not math.isfinite(squares):
             change = delta.read(first, last, 1.0, scratch, careful=True)
             squares = change_squares(change)
-        if not math.isfinite(squares):
-            with _named(piece):
-                raise NotFinite
         return change.decrement, squares
 
 

@@ -196,6 +196,12 @@ def test_any_finite_scale_of_no_change_gives_instruct(tmp_path, scale):
     assert torch.equal(load_model(tmp_path / "out")[Q].view(torch.int16), kept.view(torch.int16))
 
 
+def test_weights_that_are_all_zero_have_no_relative_norm(tmp_path):
+    save_single(tmp_path, torch.zeros(4, 4), torch.ones(4, 4))
+    result = run(tmp_path)
+    assert (result.relative_norm, result.layers["0"].relative_norm, result.fidelity) == (None, None, 1.0)
+
+
 def test_at_scale_zero_no_share_was_looked_at(tmp_path):
     for role, value in {"instruct": 1.0, "base": 1.0, "tuned": 2.0}.items():
         save_model(tmp_path / role, {Q: torch.full((2, 2), value)})

@@ -22,11 +22,13 @@ from tests.worker.weights.made_checkpoints import (
     draw,
     load_model,
     same_bits,
+    same_models,
     save_model,
 )
 from worker.weights import FullDelta, GraftResult, Origin, Provenance, graft
 
 Q = "model.layers.0.self_attn.q_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
 SOURCES = {"base", "tuned", "instruct"}
 ALL = Selection(scope="all")
 
@@ -239,15 +241,62 @@ def test_patterns_that_match_nothing_are_refused(pair):
 
 
 def test_a_diverged_tuning_is_refused(pair):
-    tuned = load_model(pair / "tuned")
-    tuned[Q][0, 0] = float("nan")
-    for file in (pair / "tuned").iterdir():
-        file.unlink()
-    (pair / "tuned").rmdir()
-    save_model(pair / "tuned", tuned)
+    tuned = load_model(pair / "tuned")[Q]
+    tuned[0, 0] = math.nan
+    replaced(pair / "tuned", {Q: tuned})
     error = refused(pair)
     assert error.code == "not_finite"
     assert Q in error.message
+
+
+def replaced(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The model in `folder`, with these tensors in place of its own."""
+    content = load_model(folder) | tensors
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    save_model(folder, content)
+
+
+@pytest.mark.parametrize("worst", [math.nan, math.inf])
+def test_a_tuning_that_diverged_in_what_is_left_out_is_told_and_grafted(pair, worst):
+    run(pair, out="before")
+    replaced(pair / "tuned", {EMBEDDING: torch.full_like(load_model(pair / "tuned")[EMBEDDING], worst)})
+    result = run(pair)
+    assert result.discarded_share is None
+    assert any(EMBEDDING in remark and "diverged" in remark for remark in result.remarks)
+    assert json.loads((pair / "out" / "shadow.json").read_text())["remarks"] == list(result.remarks)
+    assert same_models(load_model(pair / "out"), load_model(pair / "before"))
+    with pytest.raises(InvalidInput, match=EMBEDDING):
+        run(pair, selection=ALL, out="all")
+
+
+def test_a_kept_weight_that_the_asked_dtype_cannot_hold_is_refused(pair):
+    large = load_model(pair / "instruct")[EMBEDDING].float()
+    large[0, 0] = 3.4e38
+    replaced(pair / "instruct", {EMBEDDING: large})
+    error = refused(pair, output_dtype="bfloat16")
+    assert (error.code, error.param) == ("not_finite", "output_dtype")
+    assert EMBEDDING in error.message
+    large[0, 0] = math.inf
+    replaced(pair / "instruct", {EMBEDDING: large})
+    run(pair, output_dtype="bfloat16")
+    assert load_model(pair / "out")[EMBEDDING][0, 0] == math.inf
+
+
+@pytest.mark.parametrize("wide", ["instruct", "base"])
+def test_grafting_onto_bases_values_in_another_dtype_gives_the_tuned_model(tmp_path, wide):
+    generator = torch.Generator().manual_seed(0)
+    values = {name: tensor.bfloat16() for name, tensor in draw(0).items()}
+    tuned = {
+        name: torch.randn(one.shape, generator=generator) * 10 ** (-6 * one.abs().float())
+        for name, one in values.items()
+    }
+    for role in ("instruct", "base"):
+        save_model(tmp_path / role, {name: one.float() if role == wide else one for name, one in values.items()})
+    save_model(tmp_path / "tuned", tuned)
+    run(tmp_path, output_dtype="float32", selection=ALL)
+    assert same_models(load_model(tmp_path / "out"), tuned)
 
 
 def test_another_pair_is_refused_with_all_reasons(tmp_path):
