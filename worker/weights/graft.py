@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from core.checkpoints import CONFIG_FILE, INDEX_FILE, Checkpoint, is_small_file, read_checkpoint
+from core.checkpoints import CONFIG_FILE, INDEX_FILE, Checkpoint, is_small_file, read_checkpoint, read_config
 from core.errors import InvalidInput
 from core.graft_plan import Selection
 from worker.weights.delta import BoundDelta, Delta
@@ -42,6 +42,7 @@ from worker.weights.layout import OutputDtype, Shard, plan_shards
 from worker.weights.origin import Provenance, fingerprint
 from worker.weights.recipe import Recipe
 from worker.weights.tensors import Reader
+from worker.weights.tied_heads import Model, refuse_untied_heads
 from worker.weights.writing import OnProgress, write_shards
 
 SHADOW_FILE = "shadow.json"
@@ -130,7 +131,10 @@ class Plan:
 
 @contextmanager
 def planned(instruct: Path, delta: Delta, options: Options) -> Iterator[Plan]:
-    """PairRefused: the delta does not fit, with every reason. InvalidInput: a source is damaged."""
+    """PairRefused: the delta does not fit, with every reason. InvalidInput: a source is damaged.
+
+    Headers decide all but one thing: whether a model that ties its head stores another one (see `tied_heads`).
+    """
     folders = {"instruct": instruct, **delta.sources}
     fingerprints = {role: _fingerprints(folder) for role, folder in folders.items()}
     checkpoint = read_checkpoint(instruct)
@@ -139,9 +143,19 @@ def planned(instruct: Path, delta: Delta, options: Options) -> Iterator[Plan]:
     shards = plan_shards(checkpoint, reader, bound, scale=options.scale, output_dtype=options.output_dtype)
     plan = Plan(instruct, checkpoint, delta, bound, options, shards, reader, fingerprints)
     try:
+        refuse_untied_heads(_models(plan))
         yield plan
     finally:
         plan.close()
+
+
+def _models(plan: Plan) -> Iterator[Model]:
+    """Every source but an adapter, which has no head."""
+    yield Model("instruct", plan.checkpoint, plan.reader)
+    for role, reader in plan.bound.readers.items():
+        if role != "adapter":
+            config = read_config(reader.folder)
+            yield Model(role, Checkpoint(str(reader.folder), config, dict(plan.bound.checkpoints[role])), reader)
 
 
 def graft(
@@ -174,11 +188,11 @@ def graft(
     refuse_inside(out, (instruct, *delta.sources.values()))
     options = Options(scale=scale, selection=selection, output_dtype=output_dtype)
     with planned(instruct, delta, options) as plan, draft_of(out, plan.key(measure=measure, hashes=hashes)) as draft:
-        rewritten = _rewritten_files(plan)
+        small_files, rewritten = _small_files(plan), _rewritten_files(plan)
         recipe = plan.recipe(Tally(), measure=measure)
         shards = write_shards(recipe, plan.shards, draft, threads=threads, hashed=hashes, on_progress=on_progress)
         draft.keep_only(shards.records)
-        records = shards.records | _carry_small_files(plan, draft.folder, rewritten)
+        records = shards.records | _carry(small_files, plan.instruct, draft.folder, rewritten)
         measurement = _measurement(plan, recipe.tally, measure=measure)
         shadow = describe(plan, provenance, measurement, out, hash_sources=hash_sources)
         records[SHADOW_FILE] = write_json(draft.folder / SHADOW_FILE, shadow)
@@ -215,16 +229,16 @@ def refuse_inside(out: Path, sources: Iterable[Path]) -> None:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def _carry_small_files(plan: Plan, folder: Path, rewritten: dict[str, bytes]) -> dict[str, FileRecord]:
+def _carry(names: list[str], instruct: Path, folder: Path, rewritten: dict[str, bytes]) -> dict[str, FileRecord]:
     """Config, tokenizer, template and licence are Instruct's; only what speaks of another dtype is changed."""
     records = {}
-    for name in _small_files(plan.instruct, with_index=plan.checkpoint.is_sharded):
+    for name in names:
         target = folder / name
         target.parent.mkdir(exist_ok=True)
         if name in rewritten:
             records[name] = write_bytes(target, rewritten[name])
         else:
-            records[name] = copy_file(plan.instruct / name, target)
+            records[name] = copy_file(instruct / name, target)
     return records
 
 
@@ -234,7 +248,7 @@ def _rewritten_files(plan: Plan) -> dict[str, bytes]:
     if dtype == "auto":
         return {}
     config = json.loads((plan.instruct / CONFIG_FILE).read_bytes())
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    for part in _parts(config):
         part.update({key: dtype for key in ("torch_dtype", "dtype") if part.get(key) is not None})
     if "dtype" not in config:
         config["torch_dtype"] = dtype
@@ -246,15 +260,29 @@ def _rewritten_files(plan: Plan) -> dict[str, bytes]:
     return {name: json.dumps(content, indent=2).encode() + b"\n" for name, content in files.items()}
 
 
-def _small_files(instruct: Path, *, with_index: bool) -> Iterator[str]:
-    for path in sorted(instruct.iterdir()):
-        if path.is_file() and _is_carried(path.name, with_index=with_index):
-            yield path.name
-    for path in sorted((instruct / _TEMPLATE_FOLDER).glob("*.jinja")):
-        yield f"{_TEMPLATE_FOLDER}/{path.name}"
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The config and all in it: a multimodal model has one for each of its parts, and they may hold each other."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _parts(value)
 
 
-def _is_carried(name: str, *, with_index: bool) -> bool:
+def _small_files(plan: Plan) -> list[str]:
+    """Relative to Instruct's folder. InvalidInput: one of them is a link to nothing."""
+    found = [path for path in sorted(plan.instruct.iterdir()) if _is_carried(path.name, plan.checkpoint.is_sharded)]
+    for path in found:
+        if path.is_symlink() and not path.exists():
+            raise InvalidInput(
+                f"{path.name} of the instruct model is a link to nothing",
+                code="damaged_checkpoint",
+                hint="Copy or download the folder again, or remove the link.",
+            )
+    templates = sorted((plan.instruct / _TEMPLATE_FOLDER).glob("*.jinja"))
+    return [path.name for path in found if path.is_file()] + [f"{_TEMPLATE_FOLDER}/{path.name}" for path in templates]
+
+
+def _is_carried(name: str, with_index: bool) -> bool:
     if name.endswith(".index.json"):
         return with_index and name == INDEX_FILE
     if name.startswith(".") or name in _LEFT_BEHIND:

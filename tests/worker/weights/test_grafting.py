@@ -127,6 +127,16 @@ def test_small_files_are_carried_and_other_weights_are_not(pair):
     assert (out / "config.json").read_bytes() == (pair / "instruct" / "config.json").read_bytes()
 
 
+def test_a_small_file_that_is_a_link_to_nothing_is_refused(pair):
+    (pair / "instruct" / "chat_template.jinja").symlink_to(pair / "nowhere")
+    with pytest.raises(InvalidInput, match="chat_template.jinja"):
+        run(pair)
+    assert {path.name for path in pair.iterdir()} == SOURCES
+    (pair / "instruct" / "chat_template.jinja").unlink()
+    (pair / "instruct" / "pytorch_model.bin").symlink_to(pair / "nowhere")
+    run(pair)
+
+
 # --- what it says of itself -------------------------------------------------------------------------------------------
 
 
@@ -345,14 +355,14 @@ def test_single_elements_without_an_update_keep_their_bits(tmp_path):
 def test_another_dtype_is_written_into_odd_configs_too(pair):
     """Python's JSON has words for numbers that JSON lacks, and configs in the wild use them."""
     for file, content in {
-        "config.json": {"time_step_limit": [0.0, float("inf")], "vision_config": {"dtype": "bfloat16"}},
+        "config.json": {"time_step_limit": [0.0, float("inf")], "vision_config": {"deep": {"dtype": "bfloat16"}}},
         "model.safetensors.index.json": {"metadata": None},
     }.items():
         path = pair / "instruct" / file
         path.write_text(json.dumps(json.loads(path.read_text()) | content))
     run(pair, output_dtype="float32")
     config = json.loads((pair / "out" / "config.json").read_text())
-    assert (config["vision_config"]["dtype"], config["time_step_limit"][1]) == ("float32", math.inf)
+    assert (config["vision_config"]["deep"]["dtype"], config["time_step_limit"][1]) == ("float32", math.inf)
     assert load_model(pair / "out")[Q].dtype == torch.float32
 
 
