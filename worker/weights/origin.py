@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from core.checkpoints import ADAPTER_CONFIG_FILE, CONFIG_FILE
 from core.fingerprint import header_sha256, sampled_sha256
-from worker.weights.files import MANIFEST_FILE, sha256_of
+from worker.weights.files import sha256_of
 from worker.weights.special_rows import START_ROWS_FILE
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -53,12 +52,16 @@ def config_files(folder: Path) -> list[str]:
 
 
 def describe_weights(path: Path, *, hashed: bool) -> dict[str, Any]:
-    """Size, hashes of header and samples, and the whole file's hash where it is on record or (`hashed`) asked for."""
+    """Size, hashes of header and samples, and of the whole file where the Hub named it by its hash or (`hashed`) if asked.
+
+    Not from a manifest beside it: that says what lay there once, and no time of a file says that it still does. Whoever
+    copies or moves a file chooses its mtime, and a copied folder has new ctimes in any order.
+    """
     return {
         "bytes": path.stat().st_size,
         "header_sha256": header_sha256(path),
         "sampled_sha256": sampled_sha256(path),
-        "sha256": _blob_sha256(path) or (sha256_of(path) if hashed else _manifest_sha256(path)),
+        "sha256": _blob_sha256(path) or (sha256_of(path) if hashed else None),
     }
 
 
@@ -76,15 +79,3 @@ def _blob_sha256(path: Path) -> str | None:
     """The Hub's cache names its blobs by the hash that was checked when they came."""
     blob = path.resolve().name
     return blob if path.is_symlink() and _SHA256.fullmatch(blob) else None
-
-
-def _manifest_sha256(path: Path) -> str | None:
-    """Folders of ours have a manifest; it counts for files that were not touched since."""
-    manifest = path.with_name(MANIFEST_FILE)
-    if not manifest.exists() or path.stat().st_mtime_ns > manifest.stat().st_mtime_ns:
-        return None
-    try:
-        record = json.loads(manifest.read_bytes())["files"][path.name]
-        return str(record["sha256"]) if record["bytes"] == path.stat().st_size else None
-    except (ValueError, LookupError, TypeError):  # somebody else's file of that name
-        return None

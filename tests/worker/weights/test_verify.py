@@ -337,6 +337,19 @@ def test_a_hash_that_is_on_record_is_compared_where_all_is(tmp_path):
     assert not any("sha256" in problem for problem in verify(folder / "out").problems)
 
 
+def test_a_manifest_beside_a_source_vouches_for_nothing(made):
+    """A file may have come later and keep an older time, as one that was moved or copied with its time does."""
+    shard = made / "out" / read_checkpoint(made / "out").files[0]
+    state = shard.stat()
+    swap_byte(shard, state.st_size - 2, 1)
+    os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns - 10**9))
+    delta = FullDelta(made / "base", made / "tuned")
+    graft(instruct=made / "out", delta=delta, out=made / "again", provenance=Provenance(keep_paths=True))
+    said = json.loads((made / "again" / "shadow.json").read_bytes())["sources"]["instruct"]["files"][shard.name]
+    assert said["sha256"] is None
+    assert verify(made / "again", everything=True).problems == ()
+
+
 def test_a_config_is_compared_by_its_hash(made):
     """It has no header, and is small."""
     config = made / "instruct" / "config.json"
