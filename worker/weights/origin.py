@@ -52,7 +52,8 @@ def config_files(folder: Path) -> list[str]:
 
 
 def describe_weights(path: Path, *, hashed: bool) -> dict[str, Any]:
-    """Size, hashes of header and samples, and of the whole file where the Hub named it by its hash or (`hashed`) if asked.
+    """Size, hashes of header and samples, and that of the whole file where its name in the Hub's cache is one, or where
+    it is asked for (`hashed`).
 
     Not from a manifest beside it: that says what lay there once, and no time of a file says that it still does. Whoever
     copies or moves a file chooses its mtime, and a copied folder has new ctimes in any order.

@@ -48,8 +48,11 @@ def save_delta(
 ) -> DeltaResult:
     """Write `tuned - base`, float32, to the new folder `out`: every float tensor under base's name, and base's config.
 
-    float32 holds the difference of two bfloat16 or float16 weights of like size exactly, so that a graft from it is the
-    graft from the two models. Errors and resuming: as for `graft`.
+    A graft from it is the graft from the two models, bit for bit, but where Instruct's tensor is base's own and the
+    scale is 1. There the graft from the two models takes the tuned values as they are, and the one from the delta adds
+    the change to base, which float32 has rounded: before it is rounded to the output's dtype, the sum is off by at most
+    one float32 step of the change (2^-23 of it). It is exact where a weight has kept its sign and neither more than
+    doubled nor more than halved (Sterbenz). Errors and resuming: as for `graft`.
     """
     started = time.monotonic()
     refuse_taken(out)
