@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+#: Of PEFT before 0.5, and of later ones that are told so; never read.
+ADAPTER_PICKLE = "adapter_model.bin"
 #: A delta's files have a name of their own, so that nothing loads differences as a model's weights.
 DELTA_STEM = "delta"
 DELTA_FILE = "delta.safetensors"
@@ -90,6 +93,10 @@ PASSING_ERRORS = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFI
 #: (a hundred thousand) have ten megabytes of either. The API reads both while a client waits.
 MAX_JSON_BYTES = 16 * 2**20
 _LENGTH_BYTES = 8
+#: Of a header, beside the tensors.
+_METADATA = "__metadata__"
+#: Other programs count elements in 64 bits.
+_MAX_ELEMENTS = 2**64 - 1
 
 _HUB_THREADS = 8
 #: Each costs two requests; the largest models have a few hundred.
@@ -195,6 +202,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(str(folder), config, _read_weights(folder, SINGLE_FILE, INDEX_FILE))
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of the model in `folder`. Raises as for a model."""
+    with _disk_errors(folder):
+        return _read_config(folder)
+
+
 def read_delta(folder: Path) -> Checkpoint:
     """Read a saved delta: base's config, and the differences under base's names. Raises as for a model."""
     with _disk_errors(folder):
@@ -223,6 +236,8 @@ def read_adapter(folder: Path) -> AdapterHeader:
         if not (folder / ADAPTER_CONFIG_FILE).exists():
             raise _no_adapter(folder)
         config = _read_json(folder, ADAPTER_CONFIG_FILE)
+        if (folder / ADAPTER_PICKLE).exists() and not (folder / ADAPTER_FILE).exists():
+            raise _pickled_adapter(folder)
         return AdapterHeader(str(folder), config, _by_name([_read_header(folder, ADAPTER_FILE)], folder.name))
 
 
@@ -284,11 +299,18 @@ def _read_header(folder: Path, file: str) -> _Header:
 def _parse_entries(
     entries: dict[str, Any], where: str, file: str, *, data_start: int, file_bytes: int
 ) -> list[TensorInfo]:
+    _check_metadata(entries.get(_METADATA, {}), where)
     tensors = [
-        _parse_tensor(name, entry, where, file, data_start) for name, entry in entries.items() if name != "__metadata__"
+        _parse_tensor(name, entry, where, file, data_start) for name, entry in entries.items() if name != _METADATA
     ]
     _check_layout(tensors, where, data_start=data_start, file_bytes=file_bytes)
     return tensors
+
+
+def _check_metadata(metadata: Any, where: str) -> None:
+    """The graft's output keeps it, and no other library opens a file that has it otherwise."""
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _damaged(where, f"its {_METADATA} is {str(metadata)[:80]}, not texts by their names")
 
 
 def _parse_tensor(name: str, entry: Any, where: str, file: str, data_start: int) -> TensorInfo:
@@ -305,6 +327,8 @@ def _parse_tensor(name: str, entry: Any, where: str, file: str, data_start: int)
         raise _damaged(
             where, f"{name} has the shape {shape!r} and the offsets {offsets!r}, which are not whole numbers"
         )
+    if math.prod(size for size in shape if size) > _MAX_ELEMENTS:  # beside a 0 they would still be none
+        raise _damaged(where, f"{name} has the shape {shape!r}, which no program can count")
     needed = math.prod(shape) * DTYPE_BYTES[dtype]
     if offsets[1] - offsets[0] != needed:
         raise _damaged(where, f"{name} needs {needed} bytes for {dtype} {shape}, its offsets are {offsets}")
@@ -369,6 +393,8 @@ def _shards_by_tensor(index: dict[str, Any], where: str) -> dict[str, str]:
     shard_of = index.get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise _damaged(where, "it has no weight_map")
+    if not isinstance(index.get("metadata") or {}, dict):
+        raise _damaged(where, f"its metadata is {str(index['metadata'])[:80]!r}, not an object")
     for name, shard in shard_of.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise _damaged(where, f"it puts {name} into {shard!r}, which is not a .safetensors file beside it")
@@ -432,6 +458,8 @@ def _read_json(folder: Path, file: str) -> dict[str, Any]:
 
 
 def _read_whole(path: Path, where: str) -> bytes:
+    if stat.S_ISFIFO(path.stat().st_mode):  # to open one that nobody writes to never returns
+        raise _damaged(where, "it is a pipe and no file")
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > MAX_JSON_BYTES:
@@ -535,6 +563,7 @@ def _fetch_header(api: Any, repo_id: str, file: str, revision: str) -> _Header:
         name: {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": list(tensor.data_offsets)}
         for name, tensor in header.tensors.items()
     }
+    entries[_METADATA] = header.metadata
     if file_bytes < _LENGTH_BYTES + data_bytes:
         raise _damaged(where, f"its tensors need {data_bytes} bytes and the file has {file_bytes}")
     data_start = file_bytes - data_bytes
@@ -578,6 +607,14 @@ def _no_adapter(folder: Path) -> InvalidInput:
     if (folder / CONFIG_FILE).exists():
         hint = f"It holds {CONFIG_FILE}, so it is a model: give it as the tuned model, not as an adapter."
     return _missing(f"{folder.name} is no PEFT adapter: it holds no {ADAPTER_CONFIG_FILE}", hint)
+
+
+def _pickled_adapter(folder: Path) -> InvalidInput:
+    return InvalidInput(
+        f"{folder.name} holds {ADAPTER_PICKLE} and no {ADAPTER_FILE}; pickles are never read",
+        code="not_safetensors",
+        hint="Load it with PEFT, if you trust it, and save it again with save_pretrained(), which writes safetensors.",
+    )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -145,6 +146,10 @@ DAMAGED = {
     "offsets past the end": (framed(json.dumps({"w": entry(offsets=(8, 16))}), bytes(8)), "leaves a gap"),
     "overlap": (framed(json.dumps({"v": entry(), "w": entry(offsets=(4, 12))}), bytes(12)), "overlaps"),
     "gap": (framed(json.dumps({"v": entry(), "w": entry(offsets=(12, 20))}), bytes(20)), "leaves a gap"),
+    "metadata not an object": (framed('{"__metadata__": ["format"]}'), "its __metadata__ is ['format'], not texts"),
+    "metadata not of texts": (framed('{"__metadata__": {"step": 1}}'), "its __metadata__ is {'step': 1}, not texts"),
+    "more than 64 bits, times 0": (framed(json.dumps({"w": entry(shape=(0, 2**70), offsets=(0, 0))})), "can count"),
+    "more than 64 bits together": (framed(json.dumps({"w": entry(shape=(2**40, 2**40, 0))})), "no program can count"),
 }
 
 
@@ -176,6 +181,10 @@ BAD_FOLDERS = {
         "'pytorch_model.bin'",
     ),
     "index without a map": ({"model.safetensors.index.json": b"{}"}, "no weight_map"),
+    "index whose metadata is a text": (
+        {"model.safetensors.index.json": b'{"metadata": "v1", "weight_map": {"one": "a.safetensors"}}'},
+        "its metadata is 'v1', not an object",
+    ),
     "index with a name twice": (
         {"model.safetensors.index.json": b'{"weight_map": {"one": "a.safetensors", "one": "b.safetensors"}}'},
         "'one' stands twice",
@@ -240,6 +249,9 @@ def test_an_adapter_is_read_and_a_pickled_one_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     with pytest.raises(InvalidInput, match=r"adapter_model.safetensors is missing"):
         read_adapter(tmp_path)
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    said = refusal_of(read_adapter, tmp_path)
+    assert "holds adapter_model.bin and no adapter_model.safetensors; pickles are never read. Load it" in said
     (tmp_path / "adapter_model.safetensors").write_bytes(shard(a=2))
     header = read_adapter(tmp_path)
     assert (header.config, list(header.tensors)) == ({"peft_type": "LORA"}, ["a"])
@@ -285,6 +297,15 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path, read, file):
     (folder / file).unlink(missing_ok=True)
     (folder / file).mkdir()
     assert refusal_of(read, folder).startswith(f"qwen/{file} cannot be read (Is a directory). Make it readable")
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, file):
+    folder = write_model(tmp_path / "qwen", sharded_files())
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    assert refusal_of(read_checkpoint, folder).startswith(f"qwen/{file} is damaged: it is a pipe")
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path):
