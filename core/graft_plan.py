@@ -25,37 +25,88 @@ if TYPE_CHECKING:
 
 #: What a linear of a decoder layer is called, by its role; the fused ones of several families among them.
 LINEAR_ROLES = {
-    "query": ("q_proj", "q_a_proj", "q_b_proj", "wq"),
-    "key, value": ("k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj", "wk", "wv"),
+    "query": ("q_proj", "q_a_proj", "q_b_proj", "q_gate_proj", "wq", "wq_b", "q"),
+    "key, value": (
+        *("k_proj", "v_proj", "kv_proj", "kv_a_proj_with_mqa", "kv_b_proj", "wk", "wv"),
+        *("key", "value", "receptance", "k", "v"),
+    ),
     "fused query, key, value": ("qkv_proj", "Wqkv", "wqkv", "query_key_value", "c_attn", "W_pack"),
-    # Qwen3-Next and Qwen3.5; their in_proj_a and in_proj_b only gate the heads, a number each.
-    "linear attention": ("in_proj_qkvz", "in_proj_qkv", "in_proj_z"),
-    "attention output": ("o_proj", "out_proj", "dense", "wo", "c_proj"),
-    "gate, up": ("gate_proj", "up_proj", "w1", "w3", "c_fc", "fc1", "fc_in", "dense_h_to_4h"),
-    "fused gate and up": ("gate_up_proj", "input_linear"),
-    "down": ("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h", "output_linear"),
+    # Of Qwen3-Next and Qwen3.5, OLMo Hybrid, Kimi Linear. Their in_proj_a, in_proj_b, a_proj and b_proj only gate the
+    # heads, a number each.
+    "linear attention": ("in_proj_qkvz", "in_proj_qkv", "in_proj_z", "g_proj", "g_a_proj", "g_b_proj"),
+    "its forgetting": ("f_proj", "f_a_proj", "f_b_proj"),
+    # Mamba's dt_proj is none: its kernels take that weight as a table of steps.
+    "state space, short convolution": ("in_proj", "x_proj"),
+    "attention output": ("o_proj", "o_b_proj", "out_proj", "dense", "wo", "Wo", "c_proj", "output", "o"),
+    "attention gate": ("output_gate", "ogate_preact"),
+    "gate, up": (
+        *("gate_proj", "up_proj", "proj_up", "w1", "w3", "wi_0", "wi_1"),
+        *("c_fc", "fc1", "fc_in", "dense_h_to_4h"),
+    ),
+    "fused gate and up": ("gate_up_proj", "input_linear", "Wi", "wi", "proj_up_gate"),
+    "down": ("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h", "output_linear", "proj_down"),
+    # RecurrentGemma's recurrence; Gemma 3n's input for each layer (not its laurel, whose rank of 64 would bound that of
+    # every LoRA); what joins Zamba's shared blocks, and Moshi's q_proj.linear.
+    "other branches": (
+        *("linear_x", "linear_y", "linear_out"),
+        *("per_layer_input_gate", "per_layer_projection", "linear"),
+    ),
 }
 _LINEARS = frozenset(name for names in LINEAR_ROLES.values() for name in names)
-#: Names that mean a linear of ours only inside an attention block.
-_ATTENTION_ONLY = frozenset({"dense", "out_proj"})
+_MIXERS = ("mamba", "mixer", "lstm")
+#: Names that mean a linear of ours only inside a block whose own name holds one of these words.
+_ONLY_INSIDE: dict[str, tuple[str, ...]] = {
+    "dense": ("att",),
+    "output_gate": ("att",),
+    "out_proj": ("att", "conv", *_MIXERS),
+    "in_proj": ("conv", *_MIXERS),
+    "x_proj": _MIXERS,
+    "g_proj": ("linear_attn",),  # elsewhere it gates the heads
+    **dict.fromkeys(("q", "k", "v", "o"), ("Attention", "lstm")),  # T5, xLSTM
+    **dict.fromkeys(("key", "value", "receptance"), ("attention", "feed_forward")),  # RWKV
+    "output": ("attention",),
+}
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"})
 _HEADS = frozenset({"lm_head", "embed_out", "output_layer"})
 #: Parts that are not the language model: always Instruct's own in scope `linear`, and never missed.
 _OTHER_PARTS = frozenset(
     {
         *("vision_tower", "vision_model", "vision_encoder", "vision_backbone", "vision_embed_tokens", "visual"),
+        *("vision_adapter", "image_tower", "video_tower", "embed_vision", "visual_embeddings_table", "vqmodel"),
         *("multi_modal_projector", "mm_projector", "vision_projection", "connector", "aligner", "image_newline"),
-        *("audio_tower", "audio_model", "audio_encoder", "audio_projection", "embed_vision", "embed_audio"),
-        *("talker", "token2wav", "code2wav"),
+        *("projector", "merger", "language_projection", "image_to_text_projection", "resampler_model"),
+        *("qformer", "query_tokens", "high_res_vision_neck", "high_res_vision_proj", "high_res_vision_alpha"),
+        "embed_tokens_extend",
+        *("generation_aligner", "generation_embeddings", "generation_head", "view_separator"),
+        *("audio_tower", "audio_model", "audio_encoder", "audio_projection", "embed_audio", "embed_audio_tokens"),
+        *("audio_lm_head", "speech_encoder", "acoustic_tokenizer_encoder", "semantic_tokenizer_encoder"),
+        *("semantic_connector", "codec_model", "diffusion_head", "word_timestamp_encoder", "word_timestamp_head"),
+        *("talker", "token2wav", "code2wav", "depth_decoder"),
+        *("protein_encoder", "dit", "embed_action_time", "action_out_proj"),
     }
 )
 #: Parts of a path that only say where the language model is kept; `language_model.model.X`, `model.language_model.X`,
-#: `model.text_model.X`, `model.X` and the bare `X` of a model saved without its head are one tensor.
-_WRAPPERS = frozenset({"model", "language_model", "text_model", "transformer", "gpt_neox"})
+#: `model.text_model.X`, `model.X` and the bare `X` of a model saved without its head are one tensor. `base_model` is
+#: PEFT's.
+_WRAPPERS = frozenset(
+    {
+        *("model", "language_model", "text_model", "transformer", "thinker", "vlm", "base_model"),
+        *("gpt_neox", "gpt_neox_japanese", "biogpt", "prophetnet", "rwkv"),
+    }
+)
 #: A layer of the language model, in a canonical name.
 _LAYER = re.compile(r"(?:decoder\.|backbone\.)?(?:layers|h|blocks)\.(\d+)\.")
-#: Computed, not learned: old checkpoints store them, newer ones do not.
-_BUFFER = re.compile(r"(rotary_emb\.inv_freq|(^|\.)attn\.(masked_)?bias)$")
+#: Where its linears lie: also in the encoder of a model that has one (but not in one of sound, with its two halves of a
+#: feed-forward), in the parts of the Byte Latent Transformer and of HRM, and in Idefics' layers between the layers.
+_HOME = re.compile(
+    r"(?:(?:decoder|backbone|encoder|encoder\.text_model|local_encoder|local_decoder|global_transformer|patcher"
+    r"|[HL]_module)\.)?(?:layers|h|blocks?|cross_attn_layers|gated_cross_attn_layers)\.\d+\.(?!ff[12]\.)"
+)
+#: Computed, not learned: old checkpoints store them, newer ones do not. A causal mask has the name of a bias, and is
+#: told from one by its shape, (1, 1, positions, positions); beside it lies the one number that it masks with.
+_FREQUENCIES = re.compile(r"rotary_emb\.inv_freq$")
+_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
+_MASKED = re.compile(r"(^|\.)(attn|attention)\.masked_bias$")
 
 #: Families that tie head and embedding unless their config says otherwise: saving writes only what is not the default,
 #: so that a tied model's config may be silent. (A test compares them with transformers' config classes.)
@@ -77,12 +128,15 @@ _PACKED = re.compile(
     r"|_proj_(blocks|scales)$"
 )
 
+#: By what a config says that its weights are quantised; the second is compressed-tensors' older word.
+_QUANTISED = ("quantization_config", "compression_config")
+
 #: What two models of one lineage agree on. Not here on purpose: rope settings, lengths, token ids, dtype.
 ARCHITECTURE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("n_embd", "n_layer", "n_head"),
     *("intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts", "n_routed_experts"),
-    "hidden_act",
+    *("num_experts_per_tok", "hidden_act", "hidden_activation", "activation_function"),
 )
 
 #: Vocabularies are one where they differ only by padding or by rows added behind: by at most so many rows, and the
@@ -114,7 +168,7 @@ class Selection:
 
     def takes(self, info: TensorInfo) -> bool:
         """Whether the tensor takes part; computed buffers and integers never do."""
-        if not info.is_float or is_buffer(info.name):
+        if not info.is_float or is_buffer(info):
             return False
         if self.scope == "linear" and not is_linear(info.name):
             return False
@@ -173,7 +227,7 @@ def plan_graft(
         discarded=discarded,
         copied=tuple(name for name in instruct.tensors if name not in grafted),
         common_rows=lineage.common_rows(),
-        remarks=tuple(in_words(_remarks(lineage, grafted))),
+        remarks=tuple(in_words(_remarks(lineage, selection, grafted))),
     )
 
 
@@ -181,7 +235,7 @@ def judge(instruct: Checkpoint, base: Checkpoint, selection: Selection) -> tuple
     """What `plan_graft` would refuse the two for, and the remarks that it would make; each with its code."""
     lineage = Lineage(instruct, base, ("instruct", "base"))
     grafted = _taken(lineage, selection)
-    return _reasons(lineage, selection, grafted), _remarks(lineage, grafted)
+    return _reasons(lineage, selection, grafted), _remarks(lineage, selection, grafted)
 
 
 def _taken(lineage: Lineage, selection: Selection) -> dict[str, str]:
@@ -195,13 +249,23 @@ def _reasons(lineage: Lineage, selection: Selection, grafted: dict[str, str]) ->
     return [
         *pattern_reasons(selection, lineage.left, left),
         *lineage.reasons(),
+        *lineage.shape_reasons(_unlike(lineage, selection, taken=True)),
         *_dtype_reasons(lineage, grafted),
         *([] if grafted else [none]),
     ]
 
 
-def _remarks(lineage: Lineage, grafted: dict[str, str]) -> list[Reason]:
-    return [*lineage.remarks(), *lineage.vocabulary_remarks(grafted)]
+def _remarks(lineage: Lineage, selection: Selection, grafted: dict[str, str]) -> list[Reason]:
+    return [
+        *lineage.remarks(),
+        *lineage.part_remarks(_unlike(lineage, selection, taken=False)),
+        *lineage.vocabulary_remarks(grafted),
+    ]
+
+
+def _unlike(lineage: Lineage, selection: Selection, *, taken: bool) -> list[str]:
+    """Tensors outside the language model that have another shape, by whether they are to be grafted."""
+    return [name for name in lineage.unlike if selection.takes(lineage.left.tensors[name]) == taken]
 
 
 def in_words(reasons: Iterable[Reason]) -> list[str]:
@@ -216,19 +280,24 @@ def plan_saved(instruct: Checkpoint, delta: Checkpoint, *, selection: Selection 
 
 
 def is_linear(name: str) -> bool:
-    """Whether the tensor is a weight or bias of a decoder layer's linear, an expert's among them.
+    """Whether the tensor is a weight or bias of a linear in a layer of the language model, an expert's among them.
 
-    A router decides which expert works and is none; neither is a gate of shared experts.
+    A router decides which expert works and is none; neither is what gates heads or experts with a number each.
     """
-    *path, last = name.split(".")
-    if _OTHER_PARTS.intersection(path):
+    home = _HOME.match(canonical_name(name)) if is_language(name) else None
+    if home is None:
         return False
+    *path, last = home.string[home.end() :].split(".")
     if last not in ("weight", "bias"):  # fused experts are bare parameters: `mlp.experts.gate_up_proj[_bias]`
-        return "experts" in path and last.removesuffix("_bias") in _LINEARS | {"v1"}  # DBRX has w1, v1 and w2
-    module = path[-1] if path else ""
-    if module in _ATTENTION_ONLY:
-        return len(path) > 1 and "att" in path[-2]
-    return module in _LINEARS
+        role = last.removesuffix("_bias")
+        return any(part.endswith("experts") for part in path) and role in _LINEARS | {"v1"}  # DBRX has w1, v1 and w2
+    return bool(path) and path[-1] in _LINEARS and _is_inside(path)
+
+
+def _is_inside(path: list[str]) -> bool:
+    """Whether a module's name means in its place what it is taken for."""
+    module, block = path[-1], path[-2] if len(path) > 1 else ""
+    return module not in _ONLY_INSIDE or any(word in block for word in _ONLY_INSIDE[module])
 
 
 def smallest_linear_dimension(checkpoint: Checkpoint) -> int:
@@ -254,14 +323,17 @@ class Lineage:
         self.left = left
         self.right = right
         self.words = words
+        pairs = self._counterparts()
         #: Each left name with the right name of the same part, whatever their shapes.
-        self.shared = self._counterparts()
+        self.shared = {name: other for name, other in pairs.items() if self._alike(name, other)}
+        #: Parts outside the language model that only have the name in common: not shared.
+        self.unlike = {name: other for name, other in pairs.items() if name not in self.shared}
 
     def _counterparts(self) -> dict[str, str]:
         left_names, right_names = canonical_names(self.left), canonical_names(self.right)
         partners = {name: right_names.get(canonical) for canonical, name in left_names.items()}
         pairs = {name: self._counterpart(name, partners.get(name)) for name in self.left.tensors}
-        return {name: other for name, other in pairs.items() if other is not None and self._alike(name, other)}
+        return {name: other for name, other in pairs.items() if other is not None}
 
     def _counterpart(self, name: str, partner: str | None) -> str | None:
         if name in self.right.tensors:
@@ -271,7 +343,7 @@ class Lineage:
         return partner
 
     def _alike(self, name: str, other: str) -> bool:
-        """Parts outside the language model may differ: then they are simply not shared."""
+        """Parts outside the language model may differ, unless the selection takes them."""
         left, right = self._shapes(name, other)
         return is_language(name) or left == right
 
@@ -283,7 +355,7 @@ class Lineage:
 
     def can_be_grafted(self, name: str, other: str) -> bool:
         dtypes = {self.left.tensors[name].dtype, self.right.tensors[other].dtype}
-        return dtypes <= GRAFTABLE and not is_buffer(name)
+        return dtypes <= GRAFTABLE and not is_buffer(self.left.tensors[name])
 
     def common_rows(self) -> dict[str, int]:
         """Shared embeddings and heads whose row counts differ, with the leading rows that both have."""
@@ -304,17 +376,19 @@ class Lineage:
             *self._tying_reasons(),
             *self._absence_reasons(self._unmatched(self.left, self.shared), left, right, self.right),
             *self._absence_reasons(self._unmatched(self.right, self.shared.values()), right, left, self.left),
-            *self._shape_reasons(),
+            *self.shape_reasons(self._misshapen()),
         ]
 
     def _unmatched(self, checkpoint: Checkpoint, matched: Iterable[str]) -> list[str]:
         known = set(matched)
-        return [name for name in checkpoint.tensors if name not in known and not self._is_dispensable(name)]
+        return [
+            name for name, info in checkpoint.tensors.items() if name not in known and not self._is_dispensable(info)
+        ]
 
-    def _is_dispensable(self, name: str) -> bool:
-        if not is_language(name) or is_buffer(name) or _PACKED.search(name) is not None:
+    def _is_dispensable(self, info: TensorInfo) -> bool:
+        if not is_language(info.name) or is_buffer(info) or _PACKED.search(info.name) is not None:
             return True
-        return is_vocabulary(name) and self._both_tied()
+        return is_vocabulary(info.name) and self._both_tied()
 
     def _architecture_reasons(self) -> list[Reason]:
         left, right = self.left.text_config, self.right.text_config
@@ -358,14 +432,26 @@ class Lineage:
             reason += f"; {lack} stores no such head: save it with its head, as AutoModelForCausalLM does"
         return [Reason("missing_tensors", reason)]
 
-    def _shape_reasons(self) -> list[Reason]:
-        differing = [
-            f"{name} {list(left)} against {list(right)}"
-            for name, (left, right) in ((name, self._shapes(name, other)) for name, other in self.shared.items())
+    def _misshapen(self) -> list[str]:
+        found = []
+        for name, other in self.shared.items():
+            left, right = self._shapes(name, other)
             # The number of rows of a vocabulary is judged by `_vocabulary_reasons`.
-            if left != right and not (is_vocabulary(name) and alike_but_rows(left, right)) and not is_buffer(name)
-        ]
-        return [Reason("other_shapes", f"other shapes: {listed(differing)}")] if differing else []
+            if left != right and not (is_vocabulary(name) and alike_but_rows(left, right)):
+                found.append(name)
+        return [name for name in found if not is_buffer(self.left.tensors[name])]
+
+    def shape_reasons(self, names: list[str]) -> list[Reason]:
+        return [Reason("other_shapes", f"other shapes: {self._shown_shapes(names)}")] if names else []
+
+    def part_remarks(self, names: list[str]) -> list[Reason]:
+        """Of `unlike` ones that the selection leaves out."""
+        keeper = f"{len(names)} tensors outside the language model have other shapes, and stay those of {self.words[0]}"
+        return [Reason("other_parts", f"{keeper}: {self._shown_shapes(names)}")] if names else []
+
+    def _shown_shapes(self, names: list[str]) -> str:
+        shapes = [(name, *self._shapes(name, (self.shared | self.unlike)[name])) for name in names]
+        return listed([f"{name} {list(left)} against {list(right)}" for name, left, right in shapes])
 
     def remarks(self) -> list[Reason]:
         found = []
@@ -435,7 +521,7 @@ def _near(pattern: str, checkpoint: Checkpoint) -> str:
 
 def quantisation_reasons(checkpoint: Checkpoint, word: str) -> list[Reason]:
     parts = (checkpoint.config, checkpoint.text_config)
-    stated = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    stated = next((part[key] for part in parts for key in _QUANTISED if part.get(key)), None)
     if stated:
         method = stated.get("quant_method", "unknown method") if isinstance(stated, dict) else stated
         return [Reason("quantised_checkpoint", f"{word} is quantised ({method}); take the unquantised model")]
@@ -489,8 +575,12 @@ def is_head(name: str) -> bool:
     return module_name(name) in _HEADS
 
 
-def is_buffer(name: str) -> bool:
-    return _BUFFER.search(name) is not None
+def is_buffer(info: TensorInfo) -> bool:
+    if _FREQUENCIES.search(info.name) is not None:
+        return True
+    if _MASKED.search(info.name) is not None:
+        return info.elements == 1
+    return len(info.shape) == 4 and _MASK.search(info.name) is not None
 
 
 def is_language(name: str) -> bool:

@@ -91,6 +91,24 @@ def reasons_of(instruct: Checkpoint, base: Checkpoint, selection: Selection = Se
         "transformer.blocks.0.ffn.experts.mlp.v1",
         "model.layers.0.mlp.experts.gate_up_proj_bias",
         "language_model.model.layers.0.mlp.down_proj.weight",
+        "thinker.model.layers.0.mlp.down_proj.weight",
+        "base_model.model.model.layers.0.mlp.down_proj.weight",
+        "model.layers.0.self_attention.kv_proj.weight",
+        "model.layers.0.self_attn.q_proj.linear.weight",
+        "model.layers.0.self_attn.indexer.wq_b.weight",
+        "model.layers.0.attn.Wo.weight",
+        "model.layers.0.mlp.Wi.weight",
+        "model.layers.0.mamba.in_proj.weight",
+        "model.layers.0.mamba.out_proj.weight",
+        "backbone.layers.0.mixer.in_proj.weight",
+        "model.layers.0.conv.out_proj.weight",
+        "model.layers.0.linear_attn.g_proj.weight",
+        "model.layers.0.temporal_block.linear_x.bias",
+        "model.layers.0.mlp.shared_experts.gate_proj",
+        "decoder.block.0.layer.0.SelfAttention.q.weight",
+        "rwkv.blocks.0.attention.receptance.weight",
+        "model.H_module.layers.0.mlp.up_proj.weight",
+        "model.encoder.layers.0.fc1.weight",
     ],
 )
 def test_linears_are_known_by_their_role(name):
@@ -111,8 +129,18 @@ def test_linears_are_known_by_their_role(name):
         "model.layers.0.mlp.router.weight",
         "model.layers.0.feed_forward.router.weight",
         "model.layers.0.mlp.gate.e_score_correction_bias",
-        "model.layers.0.mamba.out_proj.weight",
+        "model.layers.0.mamba.dt_proj.weight",
+        "model.layers.0.mamba.conv1d.weight",
+        "model.layers.0.mamba.A_log",
+        "model.layers.0.conv.conv.weight",
         "model.layers.0.linear_attn.in_proj_ba.weight",
+        "model.layers.0.self_attn.g_proj.weight",
+        "model.layers.0.gate.router_mlp.out_proj.weight",
+        "model.layers.0.output.dense.weight",
+        "rwkv.blocks.0.attention.time_mix_key",
+        "model.encoder.layers.0.ff1.up_proj.weight",
+        "model.resampler_model.spatial_linear.fc1.weight",
+        "model.embed_tokens_extend.image_embed.img_processor.encoder.layers.0.self_attn.q_proj.weight",
         "model.connector.modality_projection.proj.weight",
         "audio_tower.layers.0.self_attn.q_proj.weight",
         "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight",
@@ -123,6 +151,13 @@ def test_linears_are_known_by_their_role(name):
 )
 def test_everything_else_is_no_linear(name):
     assert not is_linear(name)
+
+
+@given(st.text("abcdefgh_", min_size=2))
+def test_a_layer_of_a_part_that_nobody_knows_is_not_the_language_models(part):
+    """Each new family brings new names for what it sees and hears with."""
+    assert not is_linear(f"model.{part}.layers.0.self_attn.q_proj.weight")
+    assert not is_linear(f"{part}.encoder.layers.0.mlp.fc1.weight")
 
 
 def test_scope_linear_takes_the_linears_and_discards_the_rest():
@@ -252,11 +287,46 @@ def test_another_rope_does_no_harm():
     assert plan_graft(model(rope_theta=5e6), model(rope_theta=1e6), selection=Selection("linear")).grafted
 
 
-def test_computed_buffers_are_neither_missed_nor_grafted():
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    plan = plan_graft(model(changes={name: (2,)}, dtype="F32"), model(), selection=Selection("all"))
+#: Of Llama, GPT-2, Pythia and GPT-Neo.
+BUFFERS = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": (2,),
+    "transformer.h.0.attn.bias": (1, 1, 8, 8),
+    "gpt_neox.layers.0.attention.bias": (1, 1, 8, 8),
+    "gpt_neox.layers.0.attention.masked_bias": (),
+    "gpt_neox.layers.0.attention.rotary_emb.inv_freq": (2,),
+    "transformer.h.0.attn.attention.bias": (1, 1, 8, 8),
+    "transformer.h.0.attn.attention.masked_bias": (),
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), BUFFERS.items())
+def test_computed_buffers_are_neither_missed_nor_grafted(name, shape):
+    both = model(changes={name: shape}, dtype="F32")
+    plan = plan_graft(both, model(), selection=Selection("all"))
     assert name in plan.copied
-    assert plan_graft(model(), model(changes={name: (2,)}), selection=Selection("all")).grafted
+    assert name in plan_graft(both, both, selection=Selection("all")).copied
+    assert plan_graft(model(), model(changes={name: shape}), selection=Selection("all")).grafted
+
+
+def test_a_bias_with_the_name_of_a_mask_is_a_bias():
+    name = "model.layers.0.attention.bias"
+    both = model(changes={name: (4,)})
+    assert name in plan_graft(both, both, selection=Selection("all")).grafted
+    assert "missing in base" in reasons_of(both, model())[0]
+
+
+VISION = "vision_tower.encoder.q_proj.weight"
+
+
+def test_a_part_outside_the_language_model_must_fit_where_it_is_grafted():
+    ours, theirs = model(changes={VISION: (9, 9)}), model(changes={VISION: (6, 6)})
+    assert reasons_of(ours, theirs, Selection("all")) == [f"other shapes: {VISION} [9, 9] against [6, 6]"]
+    for selection in (Selection("linear"), Selection("all", exclude=("vision_tower.*",))):
+        plan = plan_graft(ours, theirs, selection=selection)
+        (remark,) = plan.remarks
+        assert VISION in plan.copied
+        assert remark.startswith("1 tensors outside the language model have other shapes, and stay those of instruct: ")
+        assert remark.endswith(f"{VISION} [9, 9] against [6, 6]")
 
 
 REFUSED = {
@@ -266,6 +336,9 @@ REFUSED = {
         "other architecture: model_type is qwen3 in instruct and llama in base",
     ),
     "layers": ({"num_hidden_layers": 2}, {}, "num_hidden_layers is 1 in instruct and 2 in base"),
+    "activation": ({"hidden_activation": "relu"}, {}, "hidden_activation is silu in instruct and relu in base"),
+    "GPT-2's activation": ({"activation_function": "relu"}, {}, "activation_function is silu in instruct and relu"),
+    "experts at work": ({"num_experts_per_tok": 4}, {}, "num_experts_per_tok is 2 in instruct and 4 in base"),
     "missing": ({}, {"model.layers.0.self_attn.q_proj.bias": None}, "1 tensors of instruct are missing in base"),
     "extra": ({}, {"model.layers.0.self_attn.k_proj.bias": (4,)}, "1 tensors of base are missing in instruct"),
     "shape": ({}, {"model.layers.0.mlp.down_proj.weight": (4, 7)}, "[4, 6] against [4, 7]"),
@@ -277,11 +350,12 @@ REFUSED = {
     "tied": ({"tie_word_embeddings": True}, {}, "only base ties its head"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, {}, "base is quantised (gptq)"),
 }
+STATED = {"hidden_activation": "silu", "activation_function": "silu", "num_experts_per_tok": 2}
 
 
 @pytest.mark.parametrize(("config", "changes", "finding"), REFUSED.values(), ids=REFUSED.keys())
 def test_each_mismatch_is_the_only_reason_named(config, changes, finding):
-    (reason,) = reasons_of(model(), model(changes=changes, **config))
+    (reason,) = reasons_of(model(**STATED), model(changes=changes, **STATED | config))
     assert finding in reason
 
 
@@ -290,7 +364,7 @@ def test_all_reasons_are_named_at_once():
     for _, each, _ in REFUSED.values():
         changes |= each
     config = {key: value for one, _, _ in REFUSED.values() for key, value in one.items()}
-    reasons = reasons_of(model(), model(changes=changes, **config))
+    reasons = reasons_of(model(**STATED), model(changes=changes, **config))
     assert all(any(finding in reason for reason in reasons) for _, _, finding in REFUSED.values())
 
 
@@ -476,6 +550,11 @@ def test_packed_weights_are_refused_also_without_a_word_in_the_config(name, dtyp
     base.tensors[name] = TensorInfo(name, dtype, (4, 4), "model.safetensors", 0, 0)
     reasons = reasons_of(model(), base, Selection("all"))
     assert f"base holds packed weights: {name} ({dtype}); take the unquantised model" in reasons
+
+
+def test_compressed_tensors_older_word_is_enough():
+    (reason,) = reasons_of(model(), model(compression_config={"quant_method": "compressed-tensors"}))
+    assert reason == "base is quantised (compressed-tensors); take the unquantised model"
 
 
 def test_a_quantised_text_part_is_refused():
