@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,7 +19,7 @@ import typer
 
 from cli import graft_words as words
 from cli.progress import progress_bar
-from core.errors import InvalidInput, PairRefused
+from core.errors import InvalidInput, PairRefused, Unavailable
 
 if TYPE_CHECKING:
     from worker.weights import Delta, DeltaResult, GraftResult, Provenance, Selection
@@ -170,9 +171,9 @@ def graft(
         threads=threads,
         as_json=as_json,
     )
-    refuse_misfits(wish)
-    refuse_no_folders(wish)
     with _told_in_words(wish):
+        refuse_misfits(wish)
+        refuse_places(wish)
         _run(wish)
 
 
@@ -245,8 +246,8 @@ def _model_misfit(wish: Wish) -> str | None:
 def _delta_out_misfit(wish: Wish) -> str | None:
     if "tuned" not in wish.given:
         return "--delta-out needs --base and --tuned, whose difference it keeps; an adapter or a delta is one already."
-    if wish.delta_out == wish.out:
-        return "--out and --delta-out need a folder each."
+    if wish.out and wish.delta_out and (_lies_in(wish.out, wish.delta_out) or _lies_in(wish.delta_out, wish.out)):
+        return "--out and --delta-out need a folder each, and neither inside the other."
     others = wish.given - _DELTA_ALONE
     if wish.out is None and others:
         return f"Without --out the whole difference is kept as it is; leave out {_flags(others)}, or give them later."
@@ -258,15 +259,28 @@ def _flags(names: Iterable[str]) -> str:
     return " and ".join([", ".join(flags[:-1]), flags[-1]] if flags[1:] else flags)
 
 
-def refuse_no_folders(wish: Wish) -> None:
-    """InvalidInput: a source is no folder of this machine, or a result is there already."""
+def refuse_places(wish: Wish) -> None:
+    """InvalidInput: a source is no folder of this machine, or a result is there already or would lie in a source."""
     places = wish.sources | ({"verify": wish.verify} if wish.verify else {})
     for role, folder in places.items():
         if not folder.is_dir():
             raise _no_folder(f"--{role}", folder)
     for flag, result in (("--out", wish.out), ("--delta-out", wish.delta_out)):
-        if result is not None and (result.exists() or result.is_symlink()):
-            raise InvalidInput(f"{flag}: {result} exists already.", hint="Name a folder that does not exist yet.")
+        if result is not None:
+            _refuse_result(flag, result, wish.sources)
+
+
+def _refuse_result(flag: str, result: Path, sources: dict[str, Path]) -> None:
+    if os.path.lexists(result):
+        raise InvalidInput(f"{flag}: {result} exists already.", hint="Name a folder that does not exist yet.")
+    role = next((role for role, folder in sources.items() if _lies_in(result, folder)), None)
+    if role is not None:
+        raise InvalidInput(f"{flag}: {result} lies inside --{role}, which is read.", hint="Write elsewhere.")
+
+
+def _lies_in(place: Path, folder: Path) -> bool:
+    """Or is it; neither need exist, and links are followed."""
+    return Path(os.path.realpath(place)).is_relative_to(os.path.realpath(folder))
 
 
 def _no_folder(flag: str, folder: Path) -> InvalidInput:
@@ -294,18 +308,27 @@ def _run(wish: Wish) -> None:
 
 
 def _make(wish: Wish) -> None:
-    """The model, the delta, or both; a model that is refused leaves no delta behind either."""
-    told: dict[str, Any] = {}
-    if wish.out is not None:
-        result = _graft(wish, wish.out)
-        told = asdict(result)
-        _tell(wish, wish.out, words.of_graft(result))
-    if wish.delta_out is not None:
-        kept = _keep_delta(wish, wish.delta_out)
-        told = {**told, "delta": asdict(kept)} if told else asdict(kept)
-        _tell(wish, wish.delta_out, words.of_delta(kept))
+    """The model, the delta, or both: then neither stands where the other one fails, for the delta is written first and
+    gets its name last."""
+    with ExitStack() as delta:
+        if wish.out and wish.delta_out:
+            with _planned(wish):  # a refusal should not come after the hours that the delta takes
+                pass
+        kept = _keep_delta(wish, wish.delta_out, delta) if wish.delta_out else None
+        result = _graft(wish, wish.out) if wish.out else None
+    places = " and ".join(str(place) for place in (wish.out, wish.delta_out) if place)
+    with _printing(f"What was asked for is made and whole: {places}."):
+        _tell_made(wish, result, kept)
+
+
+def _tell_made(wish: Wish, result: GraftResult | None, kept: DeltaResult | None) -> None:
     if wish.as_json:
-        _print_json(told)
+        both = (asdict(result) if result else {}) | ({"delta": asdict(kept)} if kept else {})
+        _print_json(both if result else both["delta"])
+    if result:
+        _tell(wish, wish.out, words.of_graft(result))
+    if kept:
+        _tell(wish, wish.delta_out, words.of_delta(kept))
 
 
 def _graft(wish: Wish, out: Path) -> GraftResult:
@@ -334,24 +357,31 @@ def _graft(wish: Wish, out: Path) -> GraftResult:
     return result
 
 
-def _keep_delta(wish: Wish, out: Path) -> DeltaResult:
+def _keep_delta(wish: Wish, out: Path, stack: ExitStack) -> DeltaResult:
+    """It stands at `out` when the stack is left."""
     with progress_bar("keeping the delta") as tell:
-        from worker.weights import save_delta
+        from worker.weights.save import saving_delta
 
         sources = {role: wish.sources[role] for role in ("base", "tuned")}
-        return save_delta(**sources, out=out, provenance=_provenance(wish), on_progress=tell)
+        saving = saving_delta(**sources, out=out, provenance=_provenance(wish), on_progress=tell)
+        return stack.enter_context(saving)
 
 
 def _plan(wish: Wish) -> None:
+    with _planned(wish) as plan:
+        found = _counted(plan)
+    with _printing():
+        if wish.as_json:
+            _print_json(found)
+        _tell(wish, "The graft fits; nothing was written.", words.of_plan(found))
+
+
+def _planned(wish: Wish) -> AbstractContextManager[Plan]:
     from worker.weights.graft import Options, planned, refuse_scale
 
     refuse_scale(wish.scale)
     options = Options(scale=wish.scale, selection=_selection(wish), output_dtype=wish.output_dtype)
-    with planned(wish.sources["instruct"], _delta(wish.sources), options) as plan:
-        found = _counted(plan)
-    if wish.as_json:
-        _print_json(found)
-    _tell(wish, "The graft fits; nothing was written.", words.of_plan(found))
+    return planned(wish.sources["instruct"], _delta(wish.sources), options)
 
 
 def _verify(wish: Wish, folder: Path) -> None:
@@ -359,9 +389,10 @@ def _verify(wish: Wish, folder: Path) -> None:
         from worker.weights import verify
 
         found = verify(folder, sources=wish.sources, everything=wish.everything, on_progress=tell)
-    if wish.as_json:
-        _print_json(asdict(found))
-    _tell(wish, f"{folder} is {'not ' if found.problems else ''}as it was made.", words.of_verification(found))
+    with _printing():
+        if wish.as_json:
+            _print_json(asdict(found))
+        _tell(wish, f"{folder} is {'not ' if found.problems else ''}as it was made.", words.of_verification(found))
     if found.unmade:
         _say(found.unmade)
     for problem in found.problems:
@@ -419,6 +450,16 @@ def _tell(wish: Wish, title: object, rows: words.Rows) -> None:
         typer.echo(f"  {label:<10}{value}")
 
 
+@contextmanager
+def _printing(hint: str = "") -> Iterator[None]:
+    """Unavailable: stdout is full, or nobody reads it any more."""
+    try:
+        yield
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries once more when it ends
+        raise Unavailable(f"Standard output cannot be written ({error.strerror})", hint=hint) from error
+
+
 def _print_json(value: dict[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2))
 
@@ -438,7 +479,8 @@ def _told_in_words(wish: Wish) -> Iterator[None]:
             typer.echo(f"- {reason}", err=True)
         raise typer.Exit(1) from None
     except OSError as error:
-        raise InvalidInput(f"{error.filename}: {error.strerror}.") from error
+        place = f"{error.filename}: " if error.filename else ""
+        raise InvalidInput(f"{place}{error.strerror}.") from error
     except ModuleNotFoundError as error:
         if error.name not in ("numpy", "numba"):
             raise

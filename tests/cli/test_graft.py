@@ -321,6 +321,53 @@ def test_what_goes_wrong_is_a_sentence_and_leaves_nothing(pair, shadowft, damage
     assert names(pair) == before
 
 
+def delta_at(place: str, out: str = "out") -> tuple[str, ...]:
+    return ("--instruct", "instruct", "--out", out, "--delta-out", place)
+
+
+def link_to_tuned(folder: Path) -> None:
+    (folder / "link").symlink_to("tuned")
+
+
+def spoil_a_norm(folder: Path) -> None:
+    """Which the scope leaves out of the model, and the delta holds."""
+    tensors = load_model(folder / "tuned")
+    tensors["model.norm.weight"][0] = torch.nan
+    shutil.rmtree(folder / "tuned")
+    save_model(folder / "tuned", tensors, **RECIPE.kind.config)
+
+
+#: Of a delta beside a model: what is refused, before or after the delta is made, and what is said.
+REFUSED_BESIDE = {
+    "inside tuned": (None, delta_at("tuned/d"), ("--delta-out", "inside --tuned")),
+    "inside instruct": (None, delta_at("instruct/a/b"), ("--delta-out", "inside --instruct")),
+    "inside a link's folder": (link_to_tuned, delta_at("link/d"), ("--delta-out", "inside --tuned")),
+    "the model inside base": (None, delta_at("d", "base/out"), ("--out", "inside --base")),
+    "inside the model": (None, delta_at("out/d"), ("a folder each",)),
+    "the model inside it": (None, delta_at("d", "d/out"), ("a folder each",)),
+    "one folder, said differently": (None, delta_at("new/../out"), ("a folder each",)),
+    "a folder that is there": (None, delta_at("new/.."), ("a folder each",)),
+    "below a file": (make_the_parent_a_file, delta_at("file/d"), ("d cannot be written into file",)),
+    "a name too long": (None, delta_at("d" * 256), ("is too long",)),
+    "the model's name too long": (None, delta_at("d", "o" * 256), ("is too long",)),
+    "a delta that is not finite": (spoil_a_norm, (*delta_at("d"), "--no-report"), ("model.norm.weight",)),
+    "a model that is not finite": (None, (*delta_at("d"), "--scale", "1e300"), ("finite",)),
+}
+
+
+@pytest.mark.parametrize(("damage", "arguments", "said"), REFUSED_BESIDE.values(), ids=REFUSED_BESIDE.keys())
+def test_a_delta_beside_a_model_is_refused_with_it_and_leaves_nothing(pair, shadowft, damage, arguments, said):
+    if damage is not None:
+        damage(pair)
+    before = all_bytes(pair)
+    done = shadowft(*FULL, *arguments)
+    assert (done.status, done.out) == (1, "")
+    assert all(word in done.err for word in said), done.err
+    assert len(done.err.splitlines()) == 1
+    assert all_bytes(pair) == before
+    assert not [name for name in names(pair) if name.startswith((".", "d", "o", "new"))]
+
+
 MISFITS = {
     "nothing": ((), ("--base and --tuned", "--adapter", "--delta")),
     "no base": (("--tuned", "tuned", *ONTO), ("--tuned needs --base",)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,23 @@ def save_delta(
     one float32 step of the change (2^-23 of it). It is exact where a weight has kept its sign and neither more than
     doubled nor more than halved (Sterbenz). Errors and resuming: as for `graft`.
     """
+    with saving_delta(base=base, tuned=tuned, out=out, provenance=provenance, on_progress=on_progress) as result:
+        return result
+
+
+@contextmanager
+def saving_delta(
+    *,
+    base: Path,
+    tuned: Path,
+    out: Path,
+    provenance: Provenance = Provenance(),
+    on_progress: OnProgress | None = None,
+) -> Iterator[DeltaResult]:
+    """`save_delta` for a delta that is to stand only if the body succeeds, which finds it whole but not yet at `out`.
+
+    An InvalidInput of the body leaves nothing; after every other error the same can be gone on with.
+    """
     started = time.monotonic()
     refuse_taken(out)
     refuse_inside(out, (base, tuned))
@@ -69,7 +88,7 @@ def save_delta(
         records[DELTA_DESCRIPTION] = write_json(draft.folder / DELTA_DESCRIPTION, description)
         plan.refuse_changed_sources()
         written = write_manifest(draft.folder, records)
-    return DeltaResult(tensors=len(plan.bound.grafted), bytes=written, seconds=time.monotonic() - started)
+        yield DeltaResult(tensors=len(plan.bound.grafted), bytes=written, seconds=time.monotonic() - started)
 
 
 def _index(shards: list[Shard]) -> dict[str, Any]:
