@@ -16,6 +16,8 @@ from tests.servers import Running
 from tests.worker.steps.tiny import make_model, make_rows, save_model, write_rows
 
 ROWS = 60
+#: Of the job that most tests look at.
+EPOCHS = 5
 TUNING = {"learning_rate": 1e-2, "rank": 4}
 FULL_GRAFT = {"scale": 0.7, "exclude": ["*.o_proj.weight"]}
 
@@ -87,9 +89,10 @@ def embedded(make_ready: Callable[..., Ready]) -> Ready:
 
 @pytest.fixture(scope="session")
 def shadow_job(make_ready: Callable[..., Ready]) -> tuple[Ready, Any]:
-    """A LoRA that has ended."""
+    """A LoRA over several epochs that has ended."""
     ready = make_ready()
-    job = submit(ready, {"tuning": TUNING, "evaluation": {"scales": [0.5], "holdout_ratio": 0.2}}, suffix="own")
+    shadow = {"tuning": TUNING, "evaluation": {"scales": [0.5], "holdout_ratio": 0.2}}
+    job = submit(ready, shadow, suffix="own", hyperparameters={"n_epochs": EPOCHS})
     return ready, follow(ready, job.id, has_ended)
 
 

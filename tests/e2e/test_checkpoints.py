@@ -10,30 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.e2e.conftest import TUNING, Ready, Tiny, download, follow, graft, has_ended, messages, submit
+from tests.e2e.conftest import EPOCHS, TUNING, Ready, Tiny, download, graft, messages
 from tests.servers import PLAIN
 
 pytestmark = pytest.mark.xdist_group("e2e-main")
 
-EPOCHS = 5
 Q = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(scope="session")
-def long_job(make_ready) -> tuple[Ready, Any]:
-    """A LoRA over several epochs that has ended."""
-    ready: Ready = make_ready()
-    shadow = {"tuning": TUNING, "evaluation": {"holdout_ratio": 0.2}}
-    job = submit(ready, shadow, hyperparameters={"n_epochs": EPOCHS})
-    return ready, follow(ready, job.id, has_ended)
 
 
 def listed(ready: Ready, job: Any) -> list[Any]:
     return list(ready.client.fine_tuning.jobs.checkpoints.list(job.id, limit=2))
 
 
-def test_the_last_epochs_are_listed_newest_first_with_what_was_measured(long_job):
-    ready, job = long_job
+def test_the_last_epochs_are_listed_newest_first_with_what_was_measured(shadow_job):
+    ready, job = shadow_job
     assert job.status == "succeeded", job.error
     found = listed(ready, job)
     steps = [checkpoint.step_number for checkpoint in found]
@@ -47,8 +37,8 @@ def test_the_last_epochs_are_listed_newest_first_with_what_was_measured(long_job
     assert found == listed(ready, job)
 
 
-def test_checkpoints_are_told_of_before_the_new_model(long_job):
-    ready, job = long_job
+def test_checkpoints_are_told_of_before_the_new_model(shadow_job):
+    ready, job = shadow_job
     steps = [checkpoint.step_number for checkpoint in listed(ready, job)][::-1]
     said = messages(ready, job.id)
     created = [f"Checkpoint created at step {step}" for step in steps]
@@ -56,8 +46,8 @@ def test_checkpoints_are_told_of_before_the_new_model(long_job):
     assert said[-2].startswith("New fine-tuned model created: ")
 
 
-def test_a_checkpoints_name_is_made_into_a_model(long_job, tiny: Tiny, tmp_path: Path):
-    ready, job = long_job
+def test_a_checkpoints_name_is_made_into_a_model(shadow_job, tiny: Tiny, tmp_path: Path):
+    ready, job = shadow_job
     first = listed(ready, job)[-1]
     made = graft(ready, first.fine_tuned_model_checkpoint, evaluation={"compare": False})
     assert made["status"] == "succeeded", made["error"]
@@ -74,16 +64,16 @@ def test_a_checkpoints_name_is_made_into_a_model(long_job, tiny: Tiny, tmp_path:
     assert not torch.equal(last[f"base_model.model.{Q}.lora_B.weight"], b)
 
 
-def test_the_last_checkpoint_is_the_published_model(long_job, tmp_path: Path):
-    ready, job = long_job
+def test_the_last_checkpoint_is_the_published_model(shadow_job, tmp_path: Path):
+    ready, job = shadow_job
     made = graft(ready, listed(ready, job)[0].id, evaluation={"compare": False})
     of_job, of_graft = (download(ready, each, tmp_path / each) for each in (job.id, made["id"]))
     assert of_job["model/model.safetensors"] == of_graft["model/model.safetensors"]
 
 
 @pytest.mark.slow
-def test_an_estimate_knows_the_tokens_and_the_time_of_the_job_before_it(long_job):
-    ready, _ = long_job
+def test_an_estimate_knows_the_tokens_and_the_time_of_the_job_before_it(shadow_job):
+    ready, _ = shadow_job
     body = {"model": "tiny", "training_file": ready.file_id, "shadow": {"tuning": TUNING}}
     told = ready.client.post("/fine_tuning/jobs/estimate", body=body, cast_to=dict[str, Any])
     assert told["tokens"]["source"] == "counted"
@@ -92,8 +82,8 @@ def test_an_estimate_knows_the_tokens_and_the_time_of_the_job_before_it(long_job
     assert told["memory_bytes"]["cpu"] > 0
 
 
-def test_the_jobs_phases_are_in_the_metrics(long_job):
-    ready, _ = long_job
+def test_the_jobs_phases_are_in_the_metrics(shadow_job):
+    ready, _ = shadow_job
     text = httpx.get(f"{ready.url}/metrics", verify=PLAIN, timeout=30).text
     for phase in ("preparing", "training", "grafting", "evaluating", "publishing"):
         assert f'shadowft_job_phase_duration_seconds_count{{device="cpu",phase="{phase}"}}' in text

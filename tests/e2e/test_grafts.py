@@ -42,9 +42,8 @@ def half(shadow_job) -> tuple[Ready, dict[str, object]]:
     ready, job = shadow_job
     path = f"/fine_tuning/jobs/{job.id}/artifacts"
     found = ready.client.get(path, cast_to=dict, options={"params": {"kind": "adapter"}})["data"]
-    return ready, graft(
-        ready, found[0]["id"], scale=0.5, output_dtype="bfloat16", suffix="half", evaluation={"scales": [1.5]}
-    )
+    (last,) = [artifact["id"] for artifact in found if artifact["path"] == "adapter/adapter_model.safetensors"]
+    return ready, graft(ready, last, scale=0.5, output_dtype="bfloat16", suffix="half", evaluation={"scales": [1.5]})
 
 
 def test_a_graft_at_another_scale_is_instruct_plus_that_much_of_the_change(

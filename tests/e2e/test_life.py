@@ -27,7 +27,7 @@ from tests.e2e.conftest import (
 )
 from tests.servers import run_service, wait_until
 
-pytestmark = pytest.mark.xdist_group("e2e-life")
+pytestmark = pytest.mark.xdist_group("e2e-main")
 
 #: Some minutes of training: whatever the test does, it does in the middle.
 LONG = {"n_epochs": 50, "batch_size": 1}

@@ -18,8 +18,9 @@ from tests.servers import wait_until
 pytestmark = pytest.mark.xdist_group("e2e-main")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def job_on_servers(make_ready, outside_servers) -> tuple[Ready, Any]:
+    """One that leaves everything to the service."""
     ready = make_ready(outside_servers)
     job = submit(ready, {"tuning": TUNING})
     return ready, follow(ready, job.id, has_ended)
@@ -49,8 +50,8 @@ def test_events_are_worded_as_tools_expect(shadow_job):
     assert [line for line in said if "completed" in line] == [said[-1]]
 
 
-def test_auto_hyperparameters_have_become_numbers(shadow_job):
-    _, job = shadow_job
+def test_auto_hyperparameters_have_become_numbers(job_on_servers):
+    _, job = job_on_servers
 
     assert (job.hyperparameters.n_epochs, job.hyperparameters.batch_size) == (1, 32)
     assert job.hyperparameters.learning_rate_multiplier == 1.0

@@ -116,7 +116,8 @@ def ask_at(nursery: Nursery, workspace: Workspace, step: int) -> None:
 @pytest.mark.parametrize(
     ("spec", "stops"),
     [
-        pytest.param(LORA, [1, 4, 6, 11], id="lora"),
+        pytest.param(LORA, [4, 6], id="lora"),
+        pytest.param(LORA, [1, 4, 6, 11], id="lora-often", marks=pytest.mark.slow),
         pytest.param(FULL, [3, 8], id="full"),
         *(pytest.param(FULL, [step], id=f"full-{step}", marks=pytest.mark.slow) for step in range(1, STEPS)),
     ],
