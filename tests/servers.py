@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,11 +98,17 @@ class Postgres:
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
 
+    @cached_property
+    def _by_files(self) -> str:
+        """Copying files takes half as long as logging what is in them; before 15 there was no other way."""
+        ((version,),) = self.execute("SHOW server_version_num")
+        return "STRATEGY FILE_COPY" if int(version) >= 150000 else ""
+
     @contextmanager
     def database(self, *, migrated: bool = True) -> Iterator[str]:
         """The URL of a fresh database, dropped at the end."""
         name = f"test_{next(_numbers)}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE {self.template if migrated else 'template0'}")
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {self.template if migrated else 'template0'} {self._by_files}")
         try:
             yield self.url(name)
         finally:
