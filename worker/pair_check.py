@@ -47,7 +47,7 @@ TEXTS_CPU_SECONDS = 60
 ADMISSION_SECONDS = 180.0
 
 #: Raised when the second stage finds other things than before, so that nobody reuses what an older version found.
-FORMAT = 2
+FORMAT = 3
 
 log = structlog.get_logger(__name__)
 

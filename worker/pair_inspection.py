@@ -7,18 +7,22 @@ matters. A pair that cannot be used is a result, not a failure.
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from core.checkpoints import read_checkpoint
 from core.errors import InvalidInput
 from core.verdict import Finding, Level, verdict_of
 from worker.progress import ProgressWriter
 from worker.tokenizers_check import Chats, check_chats
 from worker.weights.similarity import Band, OutOfTime, Similarity, band, measure_similarity, remark
 from worker.weights.special_rows import untrained_rows
+from worker.weights.tensors import Reader
+from worker.weights.tied_heads import UNTIED_REMEDY, Model, untied_heads
 from worker.workspace import Workspace
 
 _LEVELS: dict[Band, Level] = {"tested": "note", "untested": "note", "doubtful": "warn"}
@@ -53,11 +57,14 @@ def look_at_texts(workspace: Workspace) -> Chats:
 def look_at_weights(workspace: Workspace, asked: Asked, chats: Chats, progress: ProgressWriter) -> Weighed:
     """Compare the weights, where that is asked for and the texts leave a reason to."""
     base = _base(workspace)
-    if base is None or verdict_of(chats.findings) == "refuse":
+    if verdict_of(chats.findings) == "refuse":
         return Weighed()
     if not asked.weights:
-        return Weighed([_not_here()])
+        return Weighed([_not_here()] if base else [])
     try:
+        untied = [*_untied("instruct", workspace.instruct), *(_untied("base", base) if base else [])]
+        if untied or base is None:
+            return Weighed(untied)
         untrained = _untrained(base, chats)
         measured = _measure(base, workspace.instruct, asked.similarity_seconds, progress)
     except InvalidInput as error:  # what the headers could not tell: a weight is no number
@@ -75,6 +82,13 @@ def result_of(chats: Chats, weighed: Weighed) -> dict[str, Any]:
 
 def _base(workspace: Workspace) -> Path | None:
     return workspace.base if workspace.base.exists() else None
+
+
+def _untied(role: str, folder: Path) -> list[Finding]:
+    with closing(Reader(folder)) as reader:
+        found = untied_heads([Model(f"the {role} model", read_checkpoint(folder), reader)])
+    remedy = f"{UNTIED_REMEDY[0].upper()}{UNTIED_REMEDY[1:]}."
+    return [Finding("refuse", "untied_head", f"{one[0].upper()}{one[1:]}.", remedy) for one in found]
 
 
 def _untrained(base: Path, chats: Chats) -> list[Finding]:

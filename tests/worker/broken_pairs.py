@@ -204,6 +204,11 @@ def a_head_that_only_base_has(pair: Folders) -> None:
     rewrite(pair.base, lambda tensors: tensors.update({"lm_head.weight": torch.randn(259, 32)}))
 
 
+@case("refuse", "untied_head")
+def a_tied_head_that_is_another_tensor(pair: Folders) -> None:
+    rewrite(pair.instruct, lambda tensors: tensors.update({"lm_head.weight": torch.randn(259, 32)}))
+
+
 @case("warn", "untrained_rows")
 def untrained_marks(pair: Folders) -> None:
     rewrite(pair.base, lambda tensors: tensors[EMBEDDING][257:].zero_())

@@ -16,15 +16,15 @@ import psutil
 import pytest
 from sqlalchemy import delete, select, update
 
+from core import own_files
+from core.checkpoints import read_side_file
 from core.db import db_now
-from core.hub import snapshot_folder
 from core.ids import new_id
 from core.job_spec import ModelSource
 from core.models import Job, PairCheck, Worker
 from core.storage import LocalStorage
 from core.verdict import FirstStage, examine, verdict_of
 from tests.core.test_jobs import act, events, make_team, read
-from tests.servers import wait_until
 from tests.worker.broken_pairs import CASES, copied, give_tokenizer, make_pair, write_template
 from tests.worker.test_admission import make_file, submit  # noqa: F401 - fixtures
 from tests.worker.test_model_cache import pinned, put
@@ -66,14 +66,19 @@ def both_stages(pair, tmp_path):
     first = first_stage(pair, tmp_path)
     if verdict_of(first.findings) == "refuse":
         return first.findings, None
+    chats, weighed = second_stage(pair, tmp_path)
+    return [*first.findings, *chats.findings, *weighed.findings], weighed.similarity
+
+
+def second_stage(pair, tmp_path, *, without_base=False):
     workspace = Workspace(tmp_path / "workspace")
     workspace.inputs.mkdir(parents=True)
-    workspace.base.symlink_to(pair.base)
+    if not without_base:
+        workspace.base.symlink_to(pair.base)
     workspace.instruct.symlink_to(pair.instruct)
     asked = Asked(weights=True, texts_cpu_seconds=60, similarity_seconds=60)
     chats = look_at_texts(workspace)
-    weighed = look_at_weights(workspace, asked, chats, ProgressWriter(io.BytesIO()))
-    return [*first.findings, *chats.findings, *weighed.findings], weighed.similarity
+    return chats, look_at_weights(workspace, asked, chats, ProgressWriter(io.BytesIO()))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -85,6 +90,15 @@ def test_each_fault_gives_its_verdict_and_its_reasons(pair, tmp_path, name):
     assert {finding.code for finding in findings if verdict == "ok" or finding.level == verdict} == codes
     assert all(finding.message.endswith(".") for finding in findings)
     assert (similarity is None) == (verdict == "refuse")
+
+
+def test_a_model_that_is_tuned_itself_is_looked_at_too(pair, tmp_path):
+    CASES["a_tied_head_that_is_another_tensor"].damage(pair)
+    _, weighed = second_stage(pair, tmp_path, without_base=True)
+    (finding,) = weighed.findings
+    assert (finding.level, finding.code) == ("refuse", "untied_head")
+    assert finding.message.startswith("The instruct model ties its head to its embedding by its config.json, and ")
+    assert finding.remedy.startswith("Set tie_word_embeddings to false")
 
 
 def test_the_distance_is_told_by_layer_and_by_module(pair, tmp_path):
@@ -306,7 +320,7 @@ def can_be_taken(lock):
 
 @pytest.fixture
 def in_cache(pair, tmp_path, settings):
-    """The pair as snapshots in the models' cache. Who reads the instruct model's small files waits at one of them."""
+    """The pair as snapshots in the models' cache."""
     cache = ModelCache(settings.model_cache_dir)
     sources = []
     for folder in pair:
@@ -314,32 +328,34 @@ def in_cache(pair, tmp_path, settings):
         shutil.copytree(folder, tmp_path / "hub" / location)
         sources.append(pinned(tmp_path / "hub", location))
         put(cache, tmp_path / "hub", sources[-1])
-    os.mkfifo(snapshot_folder(cache.root, "acme/instruct", sources[-1].revision) / "special_tokens_map.json")
     return sources
 
 
-def let_read(sources, cache):
-    """Wait until a reader stands at the pipe, take it away, and let the reader go on; what was held then."""
-    pipe = snapshot_folder(cache, sources[-1].location, sources[-1].revision) / "special_tokens_map.json"
-    writer = []
+class Gate:
+    """Who reads the instruct model's small files waits at one of them."""
 
-    def come():
-        with suppress(OSError):  # there is no reader yet
-            writer.append(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
-        return bool(writer)
+    def __init__(self, sources) -> None:
+        self.folder = sources[-1].revision
+        self.come, self.open = threading.Event(), threading.Event()
 
-    wait_until(come, seconds=30)
-    held = are_held(sources, cache)
-    pipe.unlink()
-    os.write(writer[0], b"{}")
-    os.close(writer[0])
-    return held
+    def read(self, folder, file):
+        if (folder.name, file) == (self.folder, "special_tokens_map.json"):
+            self.come.set()
+            assert self.open.wait(60)
+        return read_side_file(folder, file)
+
+
+@pytest.fixture
+def gate(in_cache, monkeypatch):
+    gate = Gate(in_cache)
+    monkeypatch.setattr(own_files, "read_side_file", gate.read)
+    return gate
 
 
 @on_sqlite
 @pytest.mark.parametrize("act_of", ["check", "admission"])
 def test_models_are_held_from_before_they_are_read_to_the_end(
-    context, database, ask, submit_fresh, settings, in_cache, act_of
+    context, database, ask, submit_fresh, settings, in_cache, gate, act_of
 ):
     base, instruct = (source.model_dump() for source in in_cache)
     context = replace(context, draining=Watched(in_cache, settings.model_cache_dir))
@@ -354,7 +370,9 @@ def test_models_are_held_from_before_they_are_read_to_the_end(
         begin = admit_waiting
     thread = threading.Thread(target=begin, args=(context,))
     thread.start()
-    held = let_read(in_cache, settings.model_cache_dir)
+    assert gate.come.wait(30)
+    held = are_held(in_cache, settings.model_cache_dir)
+    gate.open.set()
     context.draining.reading = False
     thread.join()
     assert held == [True, True]
