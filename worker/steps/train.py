@@ -79,6 +79,8 @@ hub_constants.HF_HUB_DISABLE_TELEMETRY = True
 #: Held-out rows measured while training; the evaluation step measures more.
 VALIDATION_ROWS = 200
 SCHEDULERS = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+#: Mamba's kernels take these weights bare and go around an adapter; PEFT refuses the first in some of its families.
+_TAKEN_BARE = tuple(f".{mixer}.{name}" for mixer in ("mamba", "mixer") for name in ("out_proj", "x_proj"))
 
 
 @dataclass(frozen=True)
@@ -301,7 +303,8 @@ def linear_modules(model: torch.nn.Module) -> list[str]:
     """The modules that the graft's scope `linear` takes, by name: PEFT's own "all-linear" would take routers too, and
     turn fused experts into a kind of adapter that has no plain product."""
     kinds = (torch.nn.Linear, Conv1D)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) and is_linear(f"{name}.weight")]
+    linears = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    return [name for name in linears if is_linear(f"{name}.weight") and not name.endswith(_TAKEN_BARE)]
 
 
 def untrained_experts(model: torch.nn.Module) -> list[str]:

@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
 
 from core.errors import InvalidDataset, InvalidInput, StepFailed
 from core.job_spec import ModelSource
@@ -338,6 +339,19 @@ def test_a_model_with_experts_is_trained_and_grafted(tmp_path, tuning):
     assert grafted == (attention if tuning == "lora" else attention + experts)
     warned = [line.message for line in done.heard if isinstance(line, Note) and "expert" in line.message]
     assert bool(warned) == (tuning == "lora")
+
+
+def test_a_mixer_whose_kernels_go_around_an_adapter_gets_none_there():
+    """PEFT refuses these models with out_proj among the targets."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    mixer = {"mamba_d_ssm": 8, "mamba_n_heads": 2, "mamba_d_head": 4, "mamba_d_state": 2}
+    config = FalconH1Config(vocab_size=8, num_key_value_heads=2, head_dim=4, **sizes, **mixer)
+    with torch.device("meta"):
+        model = FalconH1ForCausalLM(config)
+    targets = {name.removeprefix("model.layers.0.") for name in train.linear_modules(model)}
+    assert {"mamba.in_proj", "self_attn.q_proj", "feed_forward.down_proj"} <= targets
+    assert "mamba.out_proj" not in targets
+    assert get_peft_model(model, LoraConfig(target_modules=train.linear_modules(model)))
 
 
 def test_a_tuned_model_with_other_tensors_is_refused(models, tmp_path):
