@@ -47,7 +47,7 @@ class TensorChange(Protocol):
         ...
 
     def total(self, first: int, last: int, scratch: Scratch) -> Array | None:
-        """The tuned values, if Instruct's tensor is base's own, bit for bit: the graft at scale 1."""
+        """The tuned values, if Instruct's tensor holds base's own values: the graft at scale 1."""
         ...
 
     def announce(self, first: int, last: int) -> None:
@@ -269,8 +269,6 @@ class Difference:
         self._tuned.announce(first, last)
 
     def _compare(self) -> bool:
-        if self._instruct.info.dtype != self._base.info.dtype:
-            return False
         one, two = Slot(), Slot()
         for first in range(0, self._elements, self.grain):
             last = min(first + self.grain, self._elements)
@@ -280,7 +278,7 @@ class Difference:
 
 
 def _same_bits(one: Array, two: Array) -> bool:
-    """In float32, which holds every value, where rows of the start have made it float32."""
+    """In float32, which holds every value, where only one of the two is float32."""
     if one.dtype != two.dtype:
         one, two = widened(one), widened(two)
     return np.array_equal(one.view(np.uint8), two.view(np.uint8))
