@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -28,6 +29,7 @@ from core.graft_plan import (
     in_words,
     is_head,
     is_language,
+    is_linear,
     is_tied,
     is_vocabulary,
     listed,
@@ -63,6 +65,7 @@ HANDLED_OPTIONS = frozenset(
     {
         *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
         *("use_dora", "modules_to_save", "bias", "init_lora_weights", "ensure_weight_tying"),
+        *("target_modules", "exclude_modules"),
     }
 )
 #: Options that leave the saved factors' meaning as it is.
@@ -70,8 +73,8 @@ HARMLESS_OPTIONS = frozenset(
     {
         # Where the adapter comes from.
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-        # Which modules were trained: the saved tensors say it themselves.
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        # In which layers modules were trained: the saved tensors say it themselves.
+        *("layers_to_transform", "layers_pattern"),
         # PEFT itself goes by the module's class and overwrites this one with that of the last module it met.
         "fan_in_fan_out",
         # Training only. MonteCLoRA's noise and VeLoRA's backward pass leave `B @ A` as what acts and what is merged.
@@ -105,6 +108,10 @@ _CONVERT = (
 #: Modules that are linears stored as (in, out) in the families that have transformers' `Conv1D`.
 _CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 _CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+#: What decides which expert works, and how much the shared ones do, has one of these in its path.
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+#: In a model's names only its layers and their experts are numbered.
+_NUMBERED = re.compile(r"\.\d+\.")
 
 #: Far beyond any in use; what is larger is a slip, and could be no number of float32.
 MAX_ALPHA = 1e6
@@ -115,6 +122,7 @@ _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(\.default)?(\.weight)?")
 #: Copies of base's own tensors that PEFT saves beside a changed embedding, and aids of training.
 _ASIDE = re.compile(r".+\.(base_layer\.\w+|original_module\..+|lora_velora_embed.*|lora_monteclora_sampler\..+)")
+_BASE_COPY = re.compile(r"(?P<module>.+)\.base_layer\.(?P<kind>\w+)")
 _BIAS = re.compile(r"(?P<module>.+?)(\.base_layer)?\.bias")
 _WRAPPED = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 
@@ -162,6 +170,9 @@ class AdapterPlan:
     copied: tuple[str, ...]
     #: Embeddings and heads, grafted or discarded, whose row counts differ: the leading rows that all have.
     common_rows: dict[str, int]
+    #: Of grafted tensors that PEFT said to have tied: the change under the other name. Headers cannot tell whether it
+    #: is the same one, which it must be.
+    twins: dict[str, LowRank | Replacement]
     #: Differences that do no harm, and what the selection leaves out, in words.
     remarks: tuple[str, ...]
 
@@ -177,7 +188,7 @@ def plan_adapter(
     reasons = [*in_words(pattern_reasons(selection, instruct, "instruct")), *option_reasons(adapter.config)]
     lineage = None if base is None else Lineage(instruct, base, ("instruct", "base"))
     reasons += in_words(quantisation_reasons(instruct, "instruct") if lineage is None else lineage.reasons())
-    if adapter.config.get("peft_type") != "LORA" or _number_reasons(adapter.config):
+    if adapter.config.get("peft_type") != "LORA" or _unreadable_reasons(adapter.config):
         raise PairRefused(reasons)  # its tensors cannot be read
     parts = _parts_of(adapter)
     planner = _Planner(instruct, adapter.config, lineage, selection)
@@ -185,10 +196,10 @@ def plan_adapter(
         planner.add_factors(module, factors)
     for name, info in parts.whole.items():
         planner.add_whole(name, info)
-    reasons += [*parts.reasons(), *planner.reasons()]
+    reasons += [*parts.reasons(), *_untargeted_reasons(adapter.config, parts.factors), *planner.reasons()]
     if not parts.factors and not parts.whole:
         reasons.append("the adapter holds no LoRA factors")
-    grafted = {name: one for name, one in planner.changes.items() if selection.takes(instruct.tensors[name])}
+    grafted = {name: one for name, one in planner.changes.items() if planner.takes(name)}
     if not grafted and not reasons:
         reasons.append(f"nothing that the adapter changes is in {selection}")
     if reasons:
@@ -199,6 +210,7 @@ def plan_adapter(
         discarded={name: one for name, one in planner.changes.items() if name not in grafted},
         copied=tuple(name for name in instruct.tensors if name not in grafted),
         common_rows=planner.common_rows,
+        twins={name: one for name, one in planner.twins.items() if name in grafted},
         remarks=tuple(planner.remarks(grafted)),
     )
 
@@ -222,7 +234,7 @@ def option_reasons(config: Mapping[str, Any]) -> list[str]:
     bias = config.get("bias", "none")
     if bias not in ("none", "all", "lora_only"):
         reasons.append(f"the adapter's config has the bias {bias!r}, which is not none, all or lora_only")
-    return [*reasons, *_init_reasons(config), *_number_reasons(config)]
+    return [*reasons, *_init_reasons(config), *_unreadable_reasons(config)]
 
 
 def _init_reasons(config: Mapping[str, Any]) -> list[str]:
@@ -237,6 +249,10 @@ def _init_reasons(config: Mapping[str, Any]) -> list[str]:
     return [f"the adapter was initialised by {init!r}, which this version does not know"]
 
 
+def _unreadable_reasons(config: Mapping[str, Any]) -> list[str]:
+    return [*_number_reasons(config), *_target_reasons(config)]
+
+
 def _number_reasons(config: Mapping[str, Any]) -> list[str]:
     """Ranks and alphas, and the patterns that they are given for."""
     reasons = []
@@ -247,15 +263,51 @@ def _number_reasons(config: Mapping[str, Any]) -> list[str]:
             continue
         fits = _is_rank if kind == "rank" else _is_alpha
         values = {"the adapter": config.get(key)} | {
-            f"the modules {pattern!r}": one for pattern, one in patterns.items()
+            f"the modules {repr(pattern)[:80]}": one for pattern, one in patterns.items()
         }
         reasons += [f"the config gives {who} the {kind} {one!r}" for who, one in values.items() if not fits(one)]
-        reasons += [
-            f"the adapter's {patterns_key} holds {pattern!r}, which is no regular expression"
-            for pattern in patterns
-            if not _is_pattern(pattern)
-        ]
+        reasons += [_no_pattern(patterns_key, pattern) for pattern in patterns if not _is_pattern(pattern)]
     return reasons
+
+
+def _target_reasons(config: Mapping[str, Any]) -> list[str]:
+    """Modules are named by a regular expression or by the ends of their paths."""
+    reasons = []
+    for key in ("target_modules", "exclude_modules"):
+        named = config.get(key)
+        if isinstance(named, str) and not _is_pattern(named):
+            reasons.append(_no_pattern(key, named))
+        elif named and not isinstance(named, str | list):
+            reasons.append(f"the adapter's {key} is {repr(named)[:80]}, neither names nor a regular expression")
+    return reasons
+
+
+def _no_pattern(key: str, pattern: str) -> str:
+    return f"the adapter's {key} holds {repr(pattern)[:80]}, which is no regular expression"
+
+
+def _untargeted_reasons(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+    untargeted = [module for module in modules if not _is_targeted(config, module)]
+    if not untargeted or config.get("target_parameters"):  # which have factors too
+        return []
+    finding = f"{len(untargeted)} modules with factors are not among the adapter's target_modules"
+    return [f"{finding}, so that PEFT would not load them: {listed(untargeted)}"]
+
+
+def _is_targeted(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT gives the module factors. With `ensure_weight_tying` it adds the other end of the tied two."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if excluded and _names(excluded, module):
+        return False
+    if config.get("ensure_weight_tying") and is_vocabulary(f"{module}.weight"):
+        return True
+    return not targets or targets == "all-linear" or _names(targets, module)
+
+
+def _names(named: str | list[Any], module: str) -> bool:
+    if isinstance(named, str):
+        return re.fullmatch(named, module) is not None
+    return any(module == one or module.endswith(f".{one}") for one in named)
 
 
 def _is_rank(value: Any) -> bool:
@@ -269,7 +321,7 @@ def _is_alpha(value: Any) -> bool:
 def _is_pattern(pattern: str) -> bool:
     try:
         _module_pattern(pattern)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
     return True
 
@@ -279,9 +331,10 @@ def _module_pattern(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches."""
-    return next((one for pattern, one in (patterns or {}).items() if _module_pattern(pattern).match(module)), default)
+def _matching(patterns: dict[str, Any] | None, module: str) -> dict[str, Any]:
+    """The patterns that match, in the file's order, with their values. In training the first of them acted; but that
+    was in the order of the code, and PEFT writes them in that of the alphabet."""
+    return {pattern: one for pattern, one in (patterns or {}).items() if _module_pattern(pattern).match(module)}
 
 
 # --- the adapter's tensors --------------------------------------------------------------------------------------------
@@ -304,11 +357,39 @@ class _Parts:
     #: Tensors that were saved whole, by their names in the model.
     whole: dict[str, TensorInfo] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    #: Weights of base beside a linear's factors.
+    copies: list[str] = field(default_factory=list)
+    #: The names in the file by what they name.
+    _keys: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def add_factor(self, key: str, module: str, side: str, info: TensorInfo, *, is_embedding: bool) -> None:
+        self._keys[f"{module} {side}"].append(key)
+        found = {"A": {"a": info}, "B": {"b": info}}[side]
+        self.factors[module] = replace(self.factors[module], **found, is_embedding=is_embedding)
+
+    def add_magnitude(self, key: str, module: str, info: TensorInfo) -> None:
+        self._keys[f"{module} magnitude"].append(key)
+        self.factors[module] = replace(self.factors[module], magnitude=info)
+
+    def add_whole(self, key: str, name: str, info: TensorInfo) -> None:
+        self._keys[name].append(key)
+        self.whole[name] = info
 
     def reasons(self) -> list[str]:
-        if not self.unknown:
-            return []
-        return [f"the adapter holds tensors that are neither LoRA factors nor whole modules: {listed(self.unknown)}"]
+        reasons = [
+            f"the adapter holds one tensor under two names: {' and '.join(keys)}"
+            for keys in self._keys.values()
+            if len(keys) > 1
+        ]
+        if self.copies:
+            reasons.append(
+                f"the adapter holds weights of base beside its factors: {listed(self.copies)}; PEFT writes none and "
+                "would load them in the place of the model's: save the adapter again with save_pretrained()"
+            )
+        if self.unknown:
+            names = listed(self.unknown)
+            reasons.append(f"the adapter holds tensors that are neither LoRA factors nor whole modules: {names}")
+        return reasons
 
 
 def _parts_of(adapter: AdapterHeader) -> _Parts:
@@ -317,23 +398,24 @@ def _parts_of(adapter: AdapterHeader) -> _Parts:
     parts = _Parts()
     for key, info in adapter.tensors.items():
         name = key.removeprefix(_PREFIX)
-        factor, magnitude, bias = _FACTOR.fullmatch(name), _MAGNITUDE.fullmatch(name), _BIAS.fullmatch(name)
+        factor, magnitude = _FACTOR.fullmatch(name), _MAGNITUDE.fullmatch(name)
+        bias, copy = _BIAS.fullmatch(name), _BASE_COPY.fullmatch(name)
         if name == key:
             parts.unknown.append(key)
         elif factor is not None and bool(factor["kind"]) != bool(factor["weight"]):
-            one = parts.factors[factor["module"]]
-            side = {"a": info} if factor["side"] == "A" else {"b": info}
-            parts.factors[factor["module"]] = replace(one, **side, is_embedding=bool(factor["kind"]))
+            parts.add_factor(key, factor["module"], factor["side"], info, is_embedding=bool(factor["kind"]))
         elif magnitude is not None:
-            parts.factors[magnitude["module"]] = replace(parts.factors[magnitude["module"]], magnitude=info)
+            parts.add_magnitude(key, magnitude["module"], info)
         elif bias is not None and trains_biases and ".lora_" not in name:
-            parts.whole[f"{bias['module']}.bias"] = info
+            parts.add_whole(key, f"{bias['module']}.bias", info)
+        elif copy is not None and is_linear(f"{copy['module']}.{copy['kind']}"):
+            parts.copies.append(key)
         elif _ASIDE.fullmatch(name):
             continue
         elif ".lora_" in name or ".token_adapter." in name:
             parts.unknown.append(key)
         else:
-            parts.whole[_WRAPPED.sub("", name)] = info
+            parts.add_whole(key, _WRAPPED.sub("", name), info)
     return parts
 
 
@@ -347,6 +429,7 @@ class _Planner:
         self, instruct: Checkpoint, config: Mapping[str, Any], lineage: Lineage | None, selection: Selection
     ) -> None:
         self.changes: dict[str, LowRank | Replacement] = {}
+        self.twins: dict[str, LowRank | Replacement] = {}
         self.common_rows: dict[str, int] = {}
         self._instruct = instruct
         self._config = config
@@ -355,6 +438,10 @@ class _Planner:
         self._names = canonical_names(instruct)
         #: Which module or tensor of the adapter changes which tensor.
         self._authors: dict[str, str] = {}
+        #: What factors say is a linear.
+        self._linears: set[str] = set()
+        #: What is left out and cannot be measured, with the reason.
+        self._unmeasured: dict[str, str] = {}
         self._refused: list[str] = []
         self._lacking: list[str] = []
         self._left_out: list[str] = []
@@ -364,11 +451,23 @@ class _Planner:
 
     def add_factors(self, module: str, factors: _Factors) -> None:
         for name in self._targets(f"{module}.weight"):
-            self._add(module, name, lambda name: self._low_rank(module, name, factors))
+            self._linears.update([] if factors.is_embedding else [name])
+            self._add(module, name, partial(self._low_rank, module, name, factors))
 
     def add_whole(self, tensor_name: str, info: TensorInfo) -> None:
         for name in self._targets(tensor_name):
-            self._add(tensor_name, name, lambda name: self._replacement(name, info))
+            if self._counterpart(name) is None and not self.takes(name):
+                self._unmeasured[name] = "which only base would tell (--base)"
+                continue
+            self._add(tensor_name, name, partial(self._replacement, tensor_name, name, info))
+
+    def takes(self, name: str) -> bool:
+        """The scope `linear` goes by names, since full tuning moves everything. Factors say themselves that they change
+        a linear, whatever it is called."""
+        info = self._instruct.tensors[name]
+        if self._selection.takes(info):
+            return True
+        return name in self._linears and _is_of_a_layer(info) and replace(self._selection, scope="all").takes(info)
 
     def _targets(self, tensor_name: str) -> list[str]:
         """Every stored tensor of Instruct that the part changes: one, or both where a tied one is stored twice."""
@@ -391,17 +490,35 @@ class _Planner:
             return []
         return [name for name in (embedding(self._instruct), head(self._instruct)) if name is not None]
 
-    def _add(self, author: str, name: str, make: Callable[[str], LowRank | Replacement]) -> None:
+    def _add(self, author: str, name: str, make: Callable[[], LowRank | Replacement]) -> None:
         earlier = self._authors.setdefault(name, author)
         try:
-            if earlier == author:
-                self.changes[name] = make(name)
-            # PEFT can be told to tie the two changes as well, and then saves one change under both names.
-            elif not (self._config.get("ensure_weight_tying") and self._shared_for(name)):
-                tied = ", which instruct ties to one tensor" if self._shared_for(name) else ""
-                raise PairRefused([f"the adapter changes {name} twice: by {earlier} and by {author}{tied}"])
+            if earlier != author:
+                self._add_second(author, name, make)
+            else:
+                self.changes[name] = make()
         except PairRefused as refusal:
             self._refused += refusal.reasons
+
+    def _add_second(self, author: str, name: str, make: Callable[[], LowRank | Replacement]) -> None:
+        """Of a tied tensor PEFT may save one change under both names; two cannot act on one tensor."""
+        first, is_shared = self.changes.get(name), bool(self._shared_for(name))
+        if first is None:
+            return  # refused
+        second = make() if is_shared and self._is_kept_tied(first) else None
+        if second is not None and _may_be_one(first, second):
+            self.twins[name] = second
+        elif is_shared and not self.takes(name):
+            del self.changes[name]
+            self._unmeasured[name] = "which the adapter changes twice"
+        else:
+            tied = ", which instruct ties to one tensor" if is_shared else ""
+            raise PairRefused([f"the adapter changes {name} twice: by {self._authors[name]} and by {author}{tied}"])
+
+    def _is_kept_tied(self, change: LowRank | Replacement) -> bool:
+        """PEFT was told to tie the changes too, or has saved a resized vocabulary, of which it made no copies."""
+        is_resized = isinstance(change, Replacement) and not self._config.get("modules_to_save")
+        return is_resized or bool(self._config.get("ensure_weight_tying"))
 
     # --- two factors
 
@@ -409,10 +526,10 @@ class _Planner:
         a, b = factors.a, factors.b
         if a is None or b is None:
             raise PairRefused([f"the adapter has only one factor of {module}"])
+        _check_kind(module, factors)
         weight, magnitude = self._instruct.tensors[name], self._magnitude(module, factors, b)
         _check_dtypes(module, [a, b, weight, *([] if magnitude is None else [magnitude])])
-        rank = _by_pattern(self._config.get("rank_pattern"), module, self._config.get("r"))
-        alpha = _by_pattern(self._config.get("alpha_pattern"), module, self._config.get("lora_alpha"))
+        rank, alpha = self._rank(module, a), self._alpha(module)
         if not (len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank):
             raise _misfit(module, a, b, rank, weight)
         transposed = factors.is_embedding or self._is_conv1d(name, (b.shape[0], a.shape[1]))
@@ -431,13 +548,25 @@ class _Planner:
             base=self._base_of(module, name, rows=stored[0], over_rows=transposed and magnitude is not None),
         )
 
+    def _rank(self, module: str, a: TensorInfo) -> int:
+        """Where several patterns match, the factor's shape tells which one acted."""
+        ranks: list[int] = [*_matching(self._config.get("rank_pattern"), module).values()] or [self._config["r"]]
+        return next((rank for rank in ranks if a.shape[:1] == (rank,)), ranks[0])
+
+    def _alpha(self, module: str) -> float:
+        found = _matching(self._config.get("alpha_pattern"), module)
+        if len(set(found.values())) > 1:
+            raise _ambiguous(module, found)
+        alpha: float = next(iter(found.values()), self._config["lora_alpha"])
+        return alpha
+
     def _is_conv1d(self, name: str, delta: tuple[int, int]) -> bool:
-        """Shapes decide, where they can. PEFT goes by the class of the module, so a square weight is what its family
-        says; `delta` is (out, in)."""
-        if delta[0] != delta[1]:
-            return delta[::-1] == self._instruct.tensors[name].shape
+        """PEFT goes by the class of the module, which its name and family tell, or the config where it knows of a
+        Conv1D and shapes do not say otherwise; `delta` is (out, in)."""
         family = str(self._instruct.text_config.get("model_type")) in _CONV1D_FAMILIES
-        return module_name(name) in _CONV1D_MODULES and (family or bool(self._config.get("fan_in_fan_out")))
+        if module_name(name) not in _CONV1D_MODULES or not (family or self._config.get("fan_in_fan_out")):
+            return False
+        return delta[0] == delta[1] or delta[::-1] == self._instruct.tensors[name].shape
 
     def _magnitude(self, module: str, factors: _Factors, b: TensorInfo) -> TensorInfo | None:
         magnitude, is_dora = factors.magnitude, bool(self._config.get("use_dora"))
@@ -465,7 +594,7 @@ class _Planner:
 
     # --- whole tensors
 
-    def _replacement(self, name: str, info: TensorInfo) -> Replacement:
+    def _replacement(self, saved: str, name: str, info: TensorInfo) -> Replacement:
         weight = self._instruct.tensors[name]
         _check_dtypes(name, [info, weight])
         if info.shape != weight.shape and not (is_vocabulary(name) and alike_but_rows(info.shape, weight.shape)):
@@ -473,11 +602,15 @@ class _Planner:
             raise PairRefused([f"the adapter saves {name} as {shapes}"])
         if is_vocabulary(name):
             self._share_rows(name, name, info.shape[0])
-        option = "bias" if name.endswith(".bias") and self._config.get("bias") != "none" else "modules_to_save"
-        base = self._require_base(name, f"the adapter sets {option}, and the change of a whole tensor is a difference")
+        base = self._require_base(
+            name, f"the adapter saves {saved} whole, and the change of a whole tensor is a difference"
+        )
         if is_vocabulary(name):
             self._share_rows(name, name, min(info.shape[0], base.shape[0]))
-        return Replacement(info, base)
+        change = Replacement(info, base)
+        if self._shared_for(name) and not self._is_kept_tied(change) and self.takes(name):
+            raise _untied(saved, name)
+        return change
 
     # --- what both need
 
@@ -519,14 +652,60 @@ class _Planner:
         for name, (own, rows) in self._row_counts.items():
             taken = self.common_rows[name] if name in grafted else 0
             found.append(vocabulary_remark(f"{own} in instruct and {rows} in the adapter", taken, "instruct").words)
-        if any(self._shared_for(name) for name in grafted):
+        if any(self._shared_for(name) for name in grafted.keys() - self.twins.keys()):
             found.append(
                 "instruct ties its head to its embedding: the graft changes both, the unmerged adapter only one of them"
             )
-        left_out = [*(name for name in self.changes if name not in grafted), *self._left_out]
+        left_out = [*(name for name in self.changes if name not in grafted), *self._unmeasured, *self._left_out]
         if left_out:
             found.append(f"{len(left_out)} changes of the adapter are not in {self._selection}: {listed(left_out)}")
+        for why in dict.fromkeys(self._unmeasured.values()):
+            names = [name for name, its in self._unmeasured.items() if its == why]
+            found.append(f"the discarded share does not count {listed(names)}, {why}")
         return list(dict.fromkeys(found))
+
+
+def _is_of_a_layer(info: TensorInfo) -> bool:
+    """Whether it is a weight of the language model's layers, and no router."""
+    if len(info.shape) != 2 or not is_language(info.name) or is_vocabulary(info.name):
+        return False
+    return _NUMBERED.search(info.name) is not None and not _ROUTERS.intersection(info.name.split("."))
+
+
+def _may_be_one(first: LowRank | Replacement, second: LowRank | Replacement) -> bool:
+    """As far as headers tell. DoRA's magnitudes belong to an embedding's columns and to a head's rows."""
+    if isinstance(first, LowRank) and isinstance(second, LowRank):
+        return first.scaling == second.scaling and first.magnitude is None
+    return isinstance(first, Replacement) and isinstance(second, Replacement)
+
+
+def _check_kind(module: str, factors: _Factors) -> None:
+    """Factors that PEFT would not load, where the module's name tells its kind."""
+    name = f"{module}.weight"
+    finding = None
+    if factors.is_embedding and (is_linear(name) or is_head(name)):
+        finding = f"{module} is a linear, and has the factors of an embedding"
+    elif not factors.is_embedding and is_vocabulary(name) and not is_head(name):
+        finding = f"{module} is an embedding, and has the factors of a linear"
+    if finding is not None:
+        raise PairRefused([f"{finding}: PEFT would not load them"])
+
+
+def _ambiguous(module: str, alphas: Mapping[str, float]) -> PairRefused:
+    values = " and ".join(f"{alpha} by {pattern!r}" for pattern, alpha in alphas.items())
+    why = "PEFT takes the first and writes them in another order, so that nothing tells which one acted in training"
+    remedy = "leave in adapter_config.json the one that acted"
+    return PairRefused([f"the adapter's alpha_pattern gives {module} {values}: {why}; {remedy}"])
+
+
+def _untied(saved: str, name: str) -> PairRefused:
+    finding = f"the adapter saves {saved} whole, and instruct ties its head to its embedding"
+    why = "PEFT's merge is a model with two tensors in the place of one"
+    remedy = (
+        f"train with ensure_weight_tying, leave the tensor out with --exclude {name}, or save base and instruct with "
+        "heads of their own and tie_word_embeddings false"
+    )
+    return PairRefused([f"{finding}: {why}; {remedy}"])
 
 
 def _check_dtypes(what: str, infos: Iterable[TensorInfo]) -> None:

@@ -22,6 +22,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -40,7 +42,7 @@ from core.adapter_plan import (
 )
 from core.checkpoints import AdapterHeader, Checkpoint, TensorInfo, read_adapter, read_checkpoint
 from core.errors import PairRefused
-from core.graft_plan import Selection, is_linear
+from core.graft_plan import Selection, is_head, is_linear
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -91,6 +93,7 @@ def embedding_factors(rows: int = 8) -> Shapes:
 
 
 HEAD_FACTORS = factors(HEAD, (2, 4), (8, 2))
+Q_FACTORS = factors(Q, (2, 4), (4, 2))
 
 
 def low_rank(plan: AdapterPlan, module: str) -> LowRank:
@@ -137,6 +140,21 @@ def test_rank_and_alpha_patterns_hold_for_their_modules():
     assert (low_rank(plan, Q).scaling, low_rank(plan, DOWN).scaling) == (4.0, 0.75)
 
 
+def test_alphas_of_which_training_may_have_used_either_are_refused():
+    """PEFT takes the first that matches, and writes them to the file in another order."""
+    header = adapter(alpha_pattern={Q: 100, "q_proj": 1, r".*down_proj": 1.0, "mlp.down_proj": 1})
+    (reason,) = refusal(header)
+    assert reason.startswith(f"the adapter's alpha_pattern gives {Q} 100 by '{Q}' and 1 by 'q_proj': ")
+    assert reason.endswith("leave in adapter_config.json the one that acted")
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_of_several_ranks_the_factors_tell_which_one_acted(rank):
+    header = adapter(factors(Q, (rank, 4), (4, rank)), rank_pattern={Q: 1, "q_proj": 3})
+    assert low_rank(plan_adapter(model(), header, None), Q).scaling == 4 / rank
+    assert "do not fit rank 1" in refusal(adapter(factors(Q, (2, 4), (4, 2)), rank_pattern={Q: 1, "q_proj": 3}))[0]
+
+
 modules = st.lists(st.sampled_from(["model", "layers", "0", "q_proj", "proj"]), min_size=1, max_size=4).map(".".join)
 
 
@@ -147,9 +165,14 @@ def test_a_pattern_matches_as_peft_matches_it(module, pattern):
     assert found.scaling == {pattern: 3}.get(get_pattern_key([pattern], module), 4)
 
 
-def test_a_broken_pattern_is_refused_by_its_name():
-    (reason,) = refusal(adapter(alpha_pattern={"q_proj(": 3}))
-    assert reason == "the adapter's alpha_pattern holds 'q_proj(', which is no regular expression"
+@pytest.mark.parametrize(
+    "pattern", ["q_proj(", "a{99999999999999999999}", "(" * 20000 + ")" * 20000], ids=["open", "large", "deep"]
+)
+def test_a_broken_pattern_is_refused_by_its_name(pattern):
+    (reason,) = refusal(adapter(alpha_pattern={pattern: 3}))
+    assert reason == f"the adapter's alpha_pattern holds {repr(pattern)[:80]}, which is no regular expression"
+    (reason,) = refusal(adapter(target_modules=pattern))
+    assert reason == f"the adapter's target_modules holds {repr(pattern)[:80]}, which is no regular expression"
 
 
 @pytest.mark.parametrize(
@@ -190,6 +213,92 @@ def test_what_does_not_fit_is_refused_with_every_reason():
 def test_factors_of_another_rank_or_dimension_do_not_fit(shape):
     (reason,) = refusal(adapter(factors(Q, shape, (4, 2))))
     assert "do not fit rank 2" in reason
+
+
+def test_only_a_conv1d_stores_its_weight_as_in_by_out():
+    """PEFT, too, goes by the module's class, and a linear's factors of these shapes do not load."""
+    part = factors(DOWN, (2, 4), (6, 2))
+    assert "do not fit rank 2 and [4, 6] of instruct" in refusal(adapter(part, fan_in_fan_out=True))[0]
+    module = "transformer.h.0.mlp.c_proj"
+    conv = model({f"{module}.weight": (6, 4)}, model_type="gpt2")
+    assert low_rank(plan_adapter(conv, adapter(factors(module, (2, 6), (4, 2))), None), module).transposed
+    linear = model({f"{module}.weight": (4, 6)}, model_type="gpt_bigcode")
+    header = adapter(factors(module, (2, 6), (4, 2)), fan_in_fan_out=True)
+    assert not low_rank(plan_adapter(linear, header, None), module).transposed
+
+
+@pytest.mark.parametrize(
+    ("part", "finding"),
+    [
+        (factors(EMBED, (2, 4), (8, 2)), f"{EMBED} is an embedding, and has the factors of a linear"),
+        (
+            {f"{HEAD}.lora_embedding_A": (2, 8), f"{HEAD}.lora_embedding_B": (4, 2)},
+            f"{HEAD} is a linear, and has the factors of an embedding",
+        ),
+        (
+            {f"{Q}.lora_embedding_A": (2, 4), f"{Q}.lora_embedding_B": (4, 2)},
+            f"{Q} is a linear, and has the factors of an embedding",
+        ),
+    ],
+    ids=["embedding", "head", "linear"],
+)
+def test_factors_of_another_kind_of_module_are_refused(part, finding):
+    assert refusal(adapter(part)) == [f"{finding}: PEFT would not load them"]
+
+
+TWO_SPELLINGS = {
+    "factor": (f"{Q}.lora_A.weight", f"{Q}.lora_A.default.weight"),
+    "kinds of factors": (f"{Q}.lora_B.weight", f"{Q}.lora_embedding_B"),
+    "magnitude": (f"{Q}.lora_magnitude_vector", f"{Q}.lora_magnitude_vector.default.weight"),
+    "bias": (f"{Q}.bias", f"{Q}.base_layer.bias"),
+    "whole": (f"{NORM}.weight", f"{NORM}.modules_to_save.weight"),
+    "whole, named": (f"{NORM}.modules_to_save.default.weight", f"{NORM}.modules_to_save.weight"),
+}
+
+
+@pytest.mark.parametrize("names", TWO_SPELLINGS.values(), ids=TWO_SPELLINGS)
+def test_two_spellings_of_one_tensor_are_refused(names):
+    header = adapter(factors(Q, (2, 4), (4, 2)), dict.fromkeys(names, (4,)), bias="all")
+    one, other = (f"base_model.model.{name}" for name in names)
+    assert f"the adapter holds one tensor under two names: {one} and {other}" in refusal(header, base=model())
+
+
+@pytest.mark.parametrize(
+    ("config", "is_named"),
+    [
+        ({"target_modules": ["q_proj", "mlp.down_proj"]}, True),
+        ({"target_modules": [Q, DOWN], "exclude_modules": ["proj"]}, True),
+        ({"target_modules": r".*_proj"}, True),
+        ({"target_modules": "all-linear"}, True),
+        ({"target_modules": None}, True),
+        ({"target_modules": ["q_proj", "proj"]}, False),
+        ({"target_modules": r".*q_proj"}, False),
+        ({"target_modules": ["q_proj", "down_proj"], "exclude_modules": r".*mlp.*"}, False),
+    ],
+)
+def test_factors_that_peft_would_not_load_are_refused(config, is_named):
+    if is_named:
+        assert plan_adapter(model(), adapter(**config), None).grafted
+        return
+    (reason,) = refusal(adapter(**config))
+    assert reason == (
+        "1 modules with factors are not among the adapter's target_modules, so that PEFT would not load them: " + DOWN
+    )
+
+
+def test_what_names_modules_must_be_names():
+    assert refusal(adapter(target_modules={"q_proj": 1})) == [
+        "the adapter's target_modules is {'q_proj': 1}, neither names nor a regular expression"
+    ]
+
+
+def test_a_copy_of_base_beside_a_linears_factors_is_refused():
+    """PEFT would load it in the place of base's; beside an embedding it writes one itself."""
+    name = f"{Q}.base_layer.weight"
+    (reason,) = refusal(adapter(factors(Q, (2, 4), (4, 2)), {name: (4, 4)}))
+    assert reason.startswith(f"the adapter holds weights of base beside its factors: base_model.model.{name}; ")
+    copy = {f"{EMBED}.base_layer.weight": (8, 4)}
+    assert plan_adapter(model(), adapter(embedding_factors(), copy), None, selection=ALL).grafted
 
 
 def test_factors_in_eight_bits_are_refused():
@@ -262,6 +371,38 @@ def test_scope_linear_discards_what_is_no_linear_and_says_so():
     assert plan.discarded.keys() == {f"{GATE}.weight", f"{EMBED}.weight"}
     assert plan.remarks == (f"2 changes of the adapter are not in the scope 'linear': {GATE}.weight, {EMBED}.weight",)
     assert plan_adapter(model(), header, None, selection=ALL).discarded == {}
+
+
+OTHERS = {
+    "model.layers.0.self_attn.new_proj": True,
+    "backbone.layers.3.mixer.time": True,
+    "transformer.h.0.mlp.experts.1.both": True,
+    "model.layers.0.mlp.shared_expert_gate": False,
+    "model.layers.0.block_sparse_moe.gate": False,
+    "model.layers.0.mlp.router.layer": False,
+    "model.vision_tower.layers.0.mlp.other": False,
+    "model.some_projection": False,
+}
+
+
+@pytest.mark.parametrize(("module", "is_taken"), OTHERS.items())
+def test_scope_linear_takes_every_linear_of_a_layer_that_an_adapter_changes(module, is_taken):
+    """For plain LoRA both scopes are the same, but for vocabulary, routers and what is no language model."""
+    instruct = model({f"{module}.weight": (6, 4), f"{module}.bias": (6,)})
+    header = adapter(factors(Q, (2, 4), (4, 2)), factors(module, (2, 4), (6, 2)), {f"{module}.bias": (6,)}, bias="all")
+    plan = plan_adapter(instruct, header, instruct)
+    assert (f"{module}.weight" in plan.grafted) is is_taken
+    assert f"{module}.bias" in plan.discarded
+    narrow = plan_adapter(instruct, header, instruct, selection=Selection(exclude=(f"{module}.*",)))
+    assert f"{module}.weight" in narrow.discarded
+
+
+def test_scope_linear_leaves_out_a_layers_embedding_and_its_norm():
+    table, norm = "model.layers.0.positions", "model.layers.0.input_layernorm"
+    part = {f"{table}.lora_embedding_A": (2, 8), f"{table}.lora_embedding_B": (4, 2), f"{norm}.weight": (4,)}
+    instruct = model({f"{table}.weight": (8, 4), f"{norm}.weight": (4,)})
+    plan = plan_adapter(instruct, adapter(factors(Q, (2, 4), (4, 2)), part), instruct)
+    assert plan.discarded.keys() == {f"{table}.weight", f"{norm}.weight"}
 
 
 def test_patterns_choose_among_an_adapters_changes():
@@ -343,6 +484,37 @@ def test_changes_that_peft_tied_itself_are_one():
     assert "twice" in refusal(header, base=model())[0]
 
 
+def test_of_two_changes_that_peft_tied_the_second_is_there_to_be_compared():
+    header = adapter(embedding_factors(), HEAD_FACTORS, ensure_weight_tying=True)
+    twin = plan_adapter(tied(), header, None, selection=ALL).twins[f"{EMBED}.weight"]
+    assert isinstance(twin, LowRank)
+    assert twin.a.shape == (2, 4)
+    assert plan_adapter(tied(), adapter(Q_FACTORS, embedding_factors()), None).twins == {}
+
+
+@pytest.mark.parametrize(
+    ("part", "config"),
+    [
+        ({}, {"alpha_pattern": {HEAD: 3}}),
+        ({f"{EMBED}.lora_magnitude_vector": (4,), f"{HEAD}.lora_magnitude_vector": (8,)}, {"use_dora": True}),
+    ],
+    ids=["alphas", "magnitudes"],
+)
+def test_changes_that_cannot_be_one_are_refused_whatever_peft_was_told(part, config):
+    header = adapter(embedding_factors(), HEAD_FACTORS, part, ensure_weight_tying=True, **config)
+    assert "twice" in refusal(header, tied(), tied())[0]
+
+
+def test_two_changes_of_one_tied_tensor_do_no_harm_where_the_scope_leaves_them_out():
+    plan = plan_adapter(tied(), adapter(Q_FACTORS, embedding_factors(), HEAD_FACTORS), None)
+    assert plan.grafted.keys() == {f"{Q}.weight"}
+    assert plan.discarded == {}
+    assert plan.remarks == (
+        f"1 changes of the adapter are not in the scope 'linear': {EMBED}.weight",
+        f"the discarded share does not count {EMBED}.weight, which the adapter changes twice",
+    )
+
+
 def test_the_embedding_of_another_family_is_not_taken_for_a_tied_one():
     header = adapter({"transformer.wte.lora_embedding_A": (2, 8), "transformer.wte.lora_embedding_B": (4, 2)})
     assert "missing in instruct: transformer.wte.weight" in refusal(header, tied())[0]
@@ -414,17 +586,29 @@ def test_a_module_that_was_saved_whole_is_a_difference_from_base(infix):
 
 def test_a_whole_module_needs_base():
     header = adapter(factors(Q, (2, 4), (4, 2)), SAVED, modules_to_save=["norm", "lm_head"])
-    (reason,) = refusal(header)
-    assert reason.startswith("the adapter sets modules_to_save, and the change of a whole tensor is a difference")
-    assert reason.endswith("with --base")
+    reasons = refusal(header)
+    assert reasons[0].startswith(f"the adapter saves {NORM}.weight whole, and the change of a whole tensor is a diff")
+    assert all(reason.endswith("with --base") for reason in reasons)
+
+
+def test_a_whole_module_that_the_scope_leaves_out_needs_no_base():
+    """PEFT also saves a resized vocabulary whole, without being asked to."""
+    plan = plan_adapter(model(), adapter(Q_FACTORS, {f"{EMBED}.weight": (8, 4)}), None)
+    assert (plan.grafted.keys(), plan.discarded) == ({f"{Q}.weight"}, {})
+    assert plan.remarks == (
+        f"1 changes of the adapter are not in the scope 'linear': {EMBED}.weight",
+        f"the discarded share does not count {EMBED}.weight, which only base would tell (--base)",
+    )
+    reasons = refusal(adapter({f"{EMBED}.weight": (8, 4)}), selection=Selection())
+    assert reasons == ["nothing that the adapter changes is in the scope 'linear'"]
 
 
 def test_trained_biases_are_whole_tensors():
     part = {**factors(Q, (2, 4), (4, 2)), f"{Q}.base_layer.bias": (4,)}
     plan = plan_adapter(model(), adapter(part, bias="lora_only"), model())
     assert isinstance(plan.grafted[f"{Q}.bias"], Replacement)
-    assert "the adapter sets bias" in refusal(adapter(part, bias="all"))[0]
-    assert f"{Q}.bias" not in plan_adapter(model(), adapter(part), None).grafted  # base's own, not trained
+    assert f"the adapter saves {Q}.bias whole" in refusal(adapter(part, bias="all"))[0]
+    assert "weights of base beside its factors" in refusal(adapter(part))[0]  # PEFT saves none that it did not train
 
 
 def test_a_resized_head_that_was_saved_whole_changes_the_rows_that_all_three_have():
@@ -444,11 +628,29 @@ def test_a_classifier_that_instruct_lacks_is_refused():
     assert refusal(header, base=model()) == ["1 tensors that the adapter changes are missing in instruct: score.weight"]
 
 
-def test_both_ends_of_a_tied_model_saved_whole_are_two_changes():
-    header = adapter({f"{EMBED}.weight": (8, 4), f"{HEAD}.weight": (8, 4)}, modules_to_save=["embed_tokens", "lm_head"])
+ENDS = {f"{EMBED}.weight": (8, 4)}, {f"{HEAD}.weight": (8, 4)}, {f"{EMBED}.weight": (8, 4), f"{HEAD}.weight": (8, 4)}
+
+
+@pytest.mark.parametrize("ends", ENDS, ids=["embedding", "head", "both"])
+def test_an_end_of_a_tied_model_saved_whole_is_refused_where_it_is_asked_for(ends):
+    """PEFT's merge is a model with two tensors in the place of one."""
+    header = adapter(Q_FACTORS, ends, modules_to_save=["embed_tokens", "lm_head"])
     (reason,) = refusal(header, tied(), tied())
-    assert "twice" in reason
-    assert "ties to one tensor" in reason
+    assert reason.startswith(f"the adapter saves {min(ends, key=is_head)} whole, and instruct ties its head")
+    for remedy in ("ensure_weight_tying", f"--exclude {EMBED}.weight", "tie_word_embeddings false"):
+        assert remedy in reason
+    assert plan_adapter(tied(), header, tied()).grafted.keys() == {f"{Q}.weight"}
+    kept = Selection("all", exclude=("*embed*",))
+    assert plan_adapter(tied(), header, tied(), selection=kept).grafted.keys() == {f"{Q}.weight"}
+
+
+@pytest.mark.parametrize("ends", ENDS, ids=["embedding", "head", "both"])
+@pytest.mark.parametrize("config", [{"ensure_weight_tying": True, "modules_to_save": ["embed_tokens"]}, {}])
+def test_a_tied_tensor_that_peft_kept_tied_may_be_saved_whole(ends, config):
+    """It was told to, or the vocabulary was resized and nothing of it trained apart."""
+    plan = plan_adapter(tied(), adapter(ends, **config), tied(), selection=ALL)
+    assert plan.grafted.keys() == {f"{EMBED}.weight"}
+    assert len(plan.twins) == len(ends) - 1
 
 
 def test_base_must_be_of_the_same_lineage():
@@ -533,6 +735,12 @@ def mixtral() -> nn.Module:
     return MixtralForCausalLM(MixtralConfig(**TINY, num_key_value_heads=1, num_local_experts=2))
 
 
+def lfm2() -> nn.Module:
+    layers = ["conv", "full_attention"]
+    config = {**TINY, "num_hidden_layers": 2, "num_key_value_heads": 1, "layer_types": layers, "conv_L_cache": 3}
+    return Lfm2ForCausalLM(Lfm2Config(**config))
+
+
 def gemma3() -> nn.Module:
     vision = {key: TINY[key] for key in TINY if key != "vocab_size"} | {"image_size": 28, "patch_size": 14}
     text = {**TINY, "num_key_value_heads": 1, "head_dim": 8}
@@ -571,7 +779,6 @@ CASES = {
 
 
 TIED_CASES = {
-    "a head saved whole": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, Replacement),
     "a head": ({"target_modules": ["lm_head"]}, LowRank),
     "an embedding": ({"target_modules": ["embed_tokens"]}, LowRank),
     "tied by PEFT": ({"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}, LowRank),
@@ -618,7 +825,19 @@ def test_what_peft_saves_of_a_tied_model_changes_the_shared_tensor(options, kind
     checkpoint, header, _ = saved(lambda: llama(tie_word_embeddings=True), tmp_path, **options)
     plan = plan_adapter(checkpoint, header, checkpoint, selection=ALL)
     assert isinstance(plan.grafted[f"{EMBED}.weight"], kind)
-    assert any("ties its head" in remark for remark in plan.remarks)
+    assert any("ties its head" in remark for remark in plan.remarks) is not bool(plan.twins)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_all_linears_is_taken_whole_by_the_scope_of_linears(tmp_path):
+    checkpoint, header, wrapped = saved(lfm2, tmp_path, target_modules="all-linear")
+    plan = plan_adapter(checkpoint, header, None)
+    assert not plan.discarded
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "merged")
+    stored = {kind: load_file(tmp_path / kind / "model.safetensors") for kind in ("model", "merged")}
+    moved = {name for name, start in stored["model"].items() if not torch.equal(start, stored["merged"][name])}
+    assert plan.grafted.keys() == moved
+    assert any("conv.in_proj" in name for name in moved)
 
 
 @pytest.mark.filterwarnings("ignore")
