@@ -24,7 +24,13 @@ from worker.weights import kernels, tensors
 from worker.weights.arithmetic import Change
 from worker.weights.kernels import Array
 from worker.weights.signatures import ROWS
-from worker.weights.special_rows import StartRows, read_start_rows, require_fitting_rows, row_numbers
+from worker.weights.special_rows import (
+    StartRows,
+    read_start_rows,
+    require_fitting_rows,
+    require_rows_of_a_vocabulary,
+    row_numbers,
+)
 from worker.weights.tensors import F32, Reader, Scratch, Slot, widened
 
 Kind = Literal["full", "lora", "delta"]
@@ -269,12 +275,17 @@ class Difference:
         self._tuned.announce(first, last)
 
     def _compare(self) -> bool:
-        one, two = Slot(), Slot()
-        for first in range(0, self._elements, self.grain):
-            last = min(first + self.grain, self._elements)
-            if not _same_bits(self._instruct.values(first, last, one), self._base.values(first, last, two)):
-                return False
-        return True
+        return _same_values(self._instruct, self._base, self._elements)
+
+
+def _same_values(one: Stored, two: Stored, elements: int) -> bool:
+    """Whether the first `elements` of both are the same, bit for bit."""
+    slots = Slot(), Slot()
+    for first in range(0, elements, tensors.CHUNK_ELEMENTS):
+        last = min(first + tensors.CHUNK_ELEMENTS, elements)
+        if not _same_bits(one.values(first, last, slots[0]), two.values(first, last, slots[1])):
+            return False
+    return True
 
 
 def _same_bits(one: Array, two: Array) -> bool:
@@ -329,7 +340,10 @@ def common_elements(info: TensorInfo, common_rows: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True)
 class LoraDelta:
-    """What a PEFT adapter adds. `base` is read where DoRA and whole modules need it, and for the cosine."""
+    """What a PEFT adapter adds. `base` is read where DoRA and whole modules need it, and for the cosine.
+
+    Rows of base in whose place the tuning began with others lie in `adapter`, as for full tuning.
+    """
 
     adapter: Path
     base: Path | None = None
@@ -343,8 +357,14 @@ class LoraDelta:
         adapter = read_adapter(self.adapter)
         base = read_checkpoint(self.base) if self.base else None
         plan = plan_adapter(instruct, adapter, base, selection=selection)
+        rows = read_start_rows(self.adapter)
+        if base is not None:
+            require_fitting_rows(rows, base, self.adapter)
+        else:
+            require_rows_of_a_vocabulary(rows, instruct, self.adapter)
+        _refuse_unlike_twins(plan, self.adapter)
         readers = {role: Reader(folder) for role, folder in self.sources.items()}
-        changes = _Changes(instruct, plan, reader, _Factors(readers["adapter"]), readers.get("base"))
+        changes = _Changes(instruct, plan, reader, _Factors(readers["adapter"]), readers.get("base"), rows)
         return BoundDelta(
             grafted={name: changes.of(name, found) for name, found in plan.grafted.items()},
             discarded={name: changes.of(name, found) for name, found in plan.discarded.items()},
@@ -352,8 +372,39 @@ class LoraDelta:
             remarks=plan.remarks,
             readers=readers,
             checkpoints={"adapter": adapter.tensors} | ({"base": base.tensors} if base else {}),
-            start_rows=row_numbers(read_start_rows(self.adapter)),
+            start_rows=row_numbers(rows),
         )
+
+
+def _refuse_unlike_twins(plan: AdapterPlan, folder: Path) -> None:
+    """Of a base that does not tie its head PEFT trains two changes, also where it was told to tie them."""
+    reader = Reader(folder)
+    try:
+        unlike = [name for name, twin in plan.twins.items() if not _is_same(plan.grafted[name], twin, reader)]
+    finally:
+        reader.close()
+    remedy = "graft it onto a model that does not, or leave the tensor out with --exclude"
+    if unlike:
+        raise PairRefused(
+            [
+                f"the adapter's two changes of {name} differ, and instruct ties the ends to one tensor: {remedy} {name}"
+                for name in unlike
+            ]
+        )
+
+
+def _is_same(one: LowRank | Replacement, two: LowRank | Replacement, reader: Reader) -> bool:
+    if isinstance(one, LowRank) and isinstance(two, LowRank):
+        return all(map(np.array_equal, _read_factors(one, reader), _read_factors(two, reader)))
+    if isinstance(one, Replacement) and isinstance(two, Replacement) and one.tensor.shape == two.tensor.shape:
+        return _same_values(Stored(reader, one.tensor), Stored(reader, two.tensor), one.tensor.elements)
+    return False
+
+
+def _read_factors(factors: LowRank, reader: Reader) -> tuple[Array, Array]:
+    """(R, r) and (r, C), whose product is the change as it is stored: of (in, out) that is `A^T @ B^T`."""
+    a, b = reader.tensor(factors.a), reader.tensor(factors.b)
+    return (a.T, b.T) if factors.transposed else (b, a)
 
 
 @dataclass(frozen=True)
@@ -365,10 +416,13 @@ class _Changes:
     reader: Reader
     factors: _Factors
     base: Reader | None
+    rows: StartRows
 
     def of(self, name: str, found: LowRank | Replacement) -> TensorChange:
         info = self.instruct.tensors[name]
-        base = Stored(self.base, found.base) if self.base is not None and found.base is not None else None
+        base = None
+        if self.base is not None and found.base is not None:
+            base = _start(Stored(self.base, found.base), self.rows)
         if isinstance(found, LowRank):
             return Product(self.factors, found, base, columns=info.shape[-1])
         assert base is not None  # noqa: S101 - the plan refuses whole modules without base
@@ -386,12 +440,11 @@ class _Factors:
         self._lock = threading.Lock()
 
     def of(self, factors: LowRank) -> tuple[Array, Array]:
-        """Of (R, r) and (r, C). For a weight stored as (in, out) the product is `A^T @ B^T`."""
+        """Of (R, r) and (r, C)."""
         key = factors.a.name
         with self._lock:
             if key not in self._held:
-                a, b = self.reader.tensor(factors.a), self.reader.tensor(factors.b)
-                self._held[key] = kernels.pack(a.T, b.T) if factors.transposed else kernels.pack(b, a)
+                self._held[key] = kernels.pack(*_read_factors(factors, self.reader))
                 if len(self._held) > _FACTORS_HELD:
                     self._held.popitem(last=False)
             return self._held[key]

@@ -20,7 +20,7 @@ import numpy as np
 
 from core.checkpoints import Checkpoint, TensorInfo, read_checkpoint, read_tensors
 from core.errors import InvalidInput
-from core.graft_plan import embedding, head, is_tied
+from core.graft_plan import embedding, head, is_tied, is_vocabulary
 from worker.weights.files import write_bytes
 from worker.weights.kernels import Array
 from worker.weights.tensors import DTYPES, F32, Buffer, Reader, make_header, widened
@@ -103,6 +103,17 @@ def require_fitting_rows(rows: StartRows, start: Checkpoint, folder: Path) -> No
         shape = start.tensors[name].shape if name in start.tensors else ()
         for row, values in some.items():
             if len(shape) != 2 or row >= shape[0] or len(values) != shape[1]:
+                raise _odd(folder, f"{name}/{row}")
+
+
+def require_rows_of_a_vocabulary(rows: StartRows, relative: Checkpoint, folder: Path) -> None:
+    """InvalidInput: the rows that lie in `folder` can be none of a start checkpoint that is not at hand, and of whose
+    lineage `relative` is: it may call its tensors otherwise, and have fewer rows."""
+    table = embedding(relative) or head(relative)
+    columns = relative.tensors[table].shape[1:] if table is not None else ()
+    for name, some in rows.items():
+        for row, values in some.items():
+            if not is_vocabulary(name) or not name.endswith(".weight") or values.shape != columns:
                 raise _odd(folder, f"{name}/{row}")
 
 

@@ -103,8 +103,13 @@ CASES = {
     "DoRA on head": Case(untied, {"target_modules": ["lm_head"], **DORA}, plain=False),
     "norms replaced": Case(tied, {**LINEARS, "modules_to_save": ["norm", "input_layernorm"]}),
     "embedding and head replaced": Case(untied, {**LINEARS, "modules_to_save": ["embed_tokens", "lm_head"]}),
+    "tied embedding and head replaced": Case(
+        tied, {**LINEARS, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    ),
     "DoRA and a replaced head": Case(untied, {**LINEARS, **DORA, "modules_to_save": ["lm_head"]}, plain=False),
 }
+#: Not a case: PEFT's merge adds the change to the one tensor twice, once for each of its names.
+BOTH_ENDS = {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "ensure_weight_tying": True}
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
@@ -213,9 +218,10 @@ def test_a_delta_that_is_relative_to_base_needs_base(tmp_path, name):
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
-def test_transformers_loads_the_result_and_it_answers_like_the_live_adapter(tmp_path):
+@pytest.mark.parametrize("options", [LINEARS, BOTH_ENDS], ids=["linears", "both ends of a tied pair"])
+def test_transformers_loads_the_result_and_it_answers_like_the_live_adapter(tmp_path, options):
     base = save_base(tmp_path / "base", tied)
-    adapter = save_adapter(tmp_path / "adapter", CASES["plain"], base)
+    adapter = save_adapter(tmp_path / "adapter", Case(tied, options), base)
     run(tmp_path, adapter)
     ids = torch.arange(6).view(1, 6)
     live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
@@ -223,6 +229,21 @@ def test_transformers_loads_the_result_and_it_answers_like_the_live_adapter(tmp_
     with torch.no_grad():
         torch.testing.assert_close(grafted(ids).logits, live(ids).logits, rtol=1e-4, atol=1e-4)
     assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_two_changes_that_peft_was_told_to_tie_and_could_not_are_refused(tmp_path):
+    """It warns of a base that does not tie them, and trains both."""
+    base = save_base(tmp_path / "base", untied)
+    adapter = save_adapter(tmp_path / "adapter", Case(untied, BOTH_ENDS), base)
+    instruct = save_base(tmp_path / "instruct", tied, seed=1)
+    fixed = {"instruct": instruct, "delta": LoraDelta(adapter), "out": tmp_path / "out"}
+    with pytest.raises(PairRefused) as refused:
+        graft(**fixed, selection=Selection("all"))
+    (reason,) = refused.value.reasons
+    assert reason.startswith(
+        "the adapter's two changes of model.embed_tokens.weight differ, and instruct ties the ends"
+    )
+    assert graft(**fixed).grafted == 2
 
 
 # --- from the adapter, and from the merged model ----------------------------------------------------------------------

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from core.checkpoints import ADAPTER_FILE
 from core.errors import InvalidInput
 from core.graft_plan import Selection
 from tests.worker.weights.families import BF16, F16, F32, Layout, Models, Recipe, layouts, one_dtype, save_as
@@ -286,15 +287,57 @@ def test_an_adapters_graft_names_the_rows_and_is_not_changed_by_them(tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2}))
     module = "base_model.model.model.layers.0.self_attn.q_proj"
     factors = {f"{module}.lora_A.weight": torch.ones(1, 4), f"{module}.lora_B.weight": torch.ones(4, 1)}
-    save_file(factors, adapter / "adapter_model.safetensors")
+    save_file(factors, adapter / ADAPTER_FILE)
     for out in ("before", "after"):
         graft(instruct=tmp_path / "instruct", delta=LoraDelta(adapter), out=tmp_path / out)
-        save_start_rows(adapter, {EMBEDDING: {3: np.ones(4, np.float32)}})
+        save_start_rows(adapter, {EMBEDDING: {3: np.ones(4, np.float32)}, HEAD: {3: np.ones(4, np.float32)}})
     before, after = all_bytes(tmp_path / "before"), all_bytes(tmp_path / "after")
     assert {name for name in before if before[name] != after[name]} == {"shadow.json", "manifest.json"}
     told = json.loads(after["shadow.json"])
-    assert told["start_rows"] == {EMBEDDING: [3]}
+    assert told["start_rows"] == {EMBEDDING: [3], HEAD: [3]}
     assert told["sources"]["adapter"]["files"].keys() >= {START_ROWS_FILE}
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["whole", "DoRA"])
+def test_an_adapters_vocabulary_is_measured_from_the_same_start(tmp_path, dora):
+    """As if a base with those rows had been published, bit for bit."""
+    models = RECIPE.write(tmp_path)
+    row = torch.arange(4, dtype=torch.float32)
+    start = models.base[EMBEDDING].float()
+    start[3] = row
+    save_as(tmp_path / "patched", models.base | {EMBEDDING: start}, Layout(), RECIPE.kind.config)
+    tensors = {"": start + 0.125}
+    if dora:
+        a, b = torch.randn(2, 33), torch.randn(4, 2)
+        tensors = {"lora_embedding_A": a, "lora_embedding_B": b, "lora_magnitude_vector": torch.rand(4)}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_dora": dora}
+    for name, base in (("plain", "patched"), ("adapter", "base")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+        prefix = f"base_model.model.{EMBEDDING.removesuffix('weight')}"
+        save_file({prefix + (key or "weight"): value for key, value in tensors.items()}, tmp_path / name / ADAPTER_FILE)
+        save_start_rows(tmp_path / name, {EMBEDDING: {3: row.numpy()}} if name == "adapter" else {})
+        delta = LoraDelta(tmp_path / name, tmp_path / base)
+        graft(instruct=tmp_path / "instruct", delta=delta, out=tmp_path / f"{name} out", selection=ALL)
+    assert same_models(load_model(tmp_path / "adapter out"), load_model(tmp_path / "plain out"))
+    sources = {role: tmp_path / role for role in ("instruct", "adapter", "base")}
+    assert verify(tmp_path / "adapter out", sources=sources, everything=True).problems == ()
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("tensor", ["model.other.weight", "model.norm.weight", "lm_head.bias"])
+def test_an_adapters_rows_must_be_rows_of_a_vocabulary(tmp_path, tensor, with_base):
+    RECIPE.write(tmp_path)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2}))
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{module}.lora_A.weight": torch.ones(1, 4), f"{module}.lora_B.weight": torch.ones(4, 1)}
+    save_file(factors, adapter / ADAPTER_FILE)
+    save_start_rows(adapter, {tensor: {1: np.ones(4, np.float32)}})
+    delta = LoraDelta(adapter, tmp_path / "base" if with_base else None)
+    with pytest.raises(InvalidInput, match=f"adapter/{START_ROWS_FILE} holds {tensor}/1, which is no row"):
+        graft(instruct=tmp_path / "instruct", delta=delta, out=tmp_path / "out")
 
 
 ODD: dict[str, Tensors] = {
