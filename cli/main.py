@@ -1,4 +1,4 @@
-"""The console script. Each command imports what it needs when it needs it, so that `--help` answers at once."""
+"""The commands. Each imports what it needs when it needs it, so that `--help` answers at once."""
 
 from __future__ import annotations
 

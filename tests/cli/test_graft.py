@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from cli.__main__ import main as start
 from cli.main import main
 from core.graft_plan import Selection
 from tests.worker.weights.families import Layout, Recipe, Sizes
@@ -461,6 +463,44 @@ def read_all(descriptor: int, into: list[bytes]) -> None:
     with suppress(OSError):  # how a terminal says that its other end is closed
         while content := os.read(descriptor, 1 << 16):
             into.append(content)
+
+
+def a_full_disk() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+def a_pipe_that_nobody_reads() -> int:
+    end, ours = os.pipe()
+    os.close(end)
+    return ours
+
+
+@pytest.mark.parametrize("stdout", [a_full_disk, a_pipe_that_nobody_reads])
+def test_a_model_is_kept_where_the_words_about_it_cannot_be_written(pair, stdout):
+    descriptor = stdout()
+    command = [sys.executable, "-m", "cli", "graft", *FULL, *ONTO]
+    done = subprocess.run(command, env=ENV, stdout=descriptor, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(descriptor)
+    assert done.returncode == 1
+    assert re.fullmatch(r"shadowft: Standard output cannot be written \([A-Z].*\)\. .* whole: out\.\n", done.stderr)
+    library(pair)
+    assert weights(pair / "out") == weights(pair / "expected")
+
+
+class Interruption:
+    """Ctrl-C while a module is imported."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "cli.main":
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_before_the_commands_are_imported_is_told_in_words_too(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interruption(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        start()
+    assert (ended.value.code, *capsys.readouterr()) == (130, "", "shadowft: stopped. Nothing was written.\n")
 
 
 def interrupt_when(paths: Callable[[], Iterable[Path]], *arguments: str) -> Done:
