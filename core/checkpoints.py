@@ -39,9 +39,25 @@ DELTA_INDEX_FILE = "delta.safetensors.index.json"
 
 #: The small files that belong to a model: configs, tokenizers, templates, licences; in any letter case. A list of what
 #: is taken and not of what is left out, since pickles come under ever new names.
-_SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".bpe", ".md", ".yaml")
+_SMALL_SUFFIXES = (
+    ".json",
+    ".jinja",
+    ".txt",
+    ".model",
+    ".tiktoken",
+    ".spm",
+    ".vocab",
+    ".bpe",
+    ".md",
+    ".yaml",
+    ".yml",
+    ".html",
+)
 #: Whatever follows, such as `LICENSE-2.0`, `LICENSE_GEMMA`, `tokenizer.model.v3`.
-_SMALL_PREFIXES = ("license", "licence", "notice", "copying", "terms", "use_policy", "tokenizer.model")
+_SMALL_PREFIXES = (
+    *("license", "licence", "notice", "copying", "terms", "use_policy", "acceptable_use", "attribution", "safety"),
+    "tokenizer.model",
+)
 _SMALL_NAMES = ("vocab",)
 #: Except for these: code, pickles and weights, and the indexes of weights in other layouts.
 _NEVER_SMALL = (

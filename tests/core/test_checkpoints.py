@@ -333,6 +333,7 @@ SMALL_FILES = (
     *("sentencepiece.bpe.model", "source.spm", "vocab", "vocab.bpe", "dict.vocab", "MODEL_CARD.md", "recipe.yaml"),
     *("LICENSE", "LICENCE", "license", "License.txt", "LICENSE.pdf", "LICENSE_GEMMA", "LICENSE-2.0", "NOTICE"),
     *("Notice.md", "COPYING.LESSER", "TERMS_OF_USE", "USE_POLICY.md", "Use_Policy.pdf"),
+    *("ATTRIBUTION", "SAFETY", "Acceptable_Use_Policy.pdf", "terms.html", "config.yml"),
 )
 OTHER_FILES = (
     *("model-00001-of-00002.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf"),
