@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,11 @@ def publish(
 
 
 def publications(spec: JobSpec, workspace: Workspace) -> Iterator[Publication]:
-    yield from _folder("model", workspace.grafted(spec.scales[0]))
-    yield Publication("card", "model/README.md", _write_card(spec, workspace))
+    card = _write_card(spec, workspace)
+    manifest = _write_manifest(spec, workspace, card)
+    for publication in _folder("model", workspace.grafted(spec.scales[0])):
+        yield replace(publication, source=manifest) if publication.path == "model/manifest.json" else publication
+    yield Publication("card", "model/README.md", card)
     if spec.evaluation.left_out is None:
         for path in (workspace.report, workspace.report.with_suffix(".md")):
             yield Publication("report", path.name, path)
@@ -126,6 +129,17 @@ def _write_card(spec: JobSpec, workspace: Workspace) -> Path:
     card = workspace.root / "README.md"
     card.write_text("\n\n".join(parts))
     return card
+
+
+def _write_manifest(spec: JobSpec, workspace: Workspace, card: Path) -> Path:
+    """The graft's own, and the card in it: whoever checks the model later finds a change there too."""
+    written = json.loads(_read(workspace.grafted(spec.scales[0]) / "manifest.json", workspace))
+    content = card.read_bytes()
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    files = dict(sorted({**written["files"], "README.md": entry}.items()))
+    manifest = workspace.root / "model-manifest.json"
+    manifest.write_text(json.dumps({**written, "files": files}, indent=2) + "\n")
+    return manifest
 
 
 def _how_made(spec: JobSpec) -> str:

@@ -13,7 +13,9 @@ from core.job_spec import DeltaSource, Publish
 from core.jobs import Claim
 from core.storage import LocalStorage
 from tests.core.test_jobs import make_spec
+from tests.worker.weights.families import Recipe
 from worker.publish import metrics_csv, prefix, publish
+from worker.weights import FullDelta, graft, verify
 from worker.workspace import Workspace
 
 CLAIM = Claim("ftjob-1", 3)
@@ -90,6 +92,22 @@ def test_the_manifest_lists_every_other_file(spec, workspace, storage):
     listed = json.loads(storage.path(f"{prefix(CLAIM)}/manifest.json").read_bytes())["files"]
     others = {artifact.path: artifact.sha256 for artifact in outcome.artifacts if artifact.path != "manifest.json"}
     assert {path: entry["sha256"] for path, entry in listed.items()} == others
+
+
+def test_one_changed_byte_of_the_model_card_is_found_as_in_every_other_file(spec, workspace, storage, tmp_path):
+    Recipe().write(tmp_path)
+    model = workspace.grafted(spec.scales[0])
+    shutil.rmtree(model)
+    graft(instruct=tmp_path / "instruct", delta=FullDelta(tmp_path / "base", tmp_path / "tuned"), out=model)
+    for artifact in run(spec, workspace, storage).artifacts:
+        write(tmp_path / "got" / artifact.path, "")
+        shutil.copy(storage.path(artifact.storage_key), tmp_path / "got" / artifact.path)
+    got = tmp_path / "got" / "model"
+    found = verify(got)
+    assert (found.problems, found.files) == ((), len(list(got.iterdir())) - 1)
+    card = (got / "README.md").read_text()
+    write(got / "README.md", card.replace("rank", "Rank"))
+    assert verify(got).problems == ("README.md was changed: its sha256 is another",)
 
 
 def test_an_attempt_writes_below_its_own_prefix_only(spec, workspace, storage):
