@@ -30,7 +30,8 @@ from worker.weights.writing import BLOCK_BYTES, OnProgress
 
 #: Tensors made again where not all are asked for.
 SAMPLE = 16
-#: Files beside the model that say nothing of how it is loaded, and where the Hub's client keeps its notes.
+#: What may come to lie beside the model, as it says nothing of how it is loaded; where the manifest names one of them,
+#: it is checked. And where the Hub's client keeps its notes.
 _BESIDE = frozenset({"README.md", ".gitattributes", MANIFEST_FILE})
 _HUB_NOTES = ".cache/huggingface/"
 
@@ -44,6 +45,10 @@ _ROLES = {
     "delta": ({"instruct", "delta"},),
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_TUNED_ELSEWHERE = (
+    "A job does not publish the weights that it tuned, and their difference from base is not a source in their place: "
+    "of a model that a job tuned in full, the files' hashes are what can be checked."
+)
 
 
 @dataclass(frozen=True)
@@ -317,6 +322,7 @@ def _refuse_unknown(sources: dict[str, Any], given: Mapping[str, Path]) -> None:
         raise InvalidInput(
             f"The graft was made without a source {unknown[0]!r}; its sources are {', '.join(sources)}",
             param=unknown[0],
+            hint=_TUNED_ELSEWHERE if unknown[0] == "delta" and "tuned" in sources else "",
         )
 
 
@@ -327,10 +333,11 @@ def _unmade(folder: Path, sources: dict[str, Any], given: Mapping[str, Path]) ->
         return None
     _places(folder, {role: source for role, source in sources.items() if role not in lost}, {})
     flags = " ".join(f"--{role} FOLDER" for role in lost)
-    return (
+    said = (
         f"No tensor was made again: the folder does not say where its sources lie ({', '.join(lost)}). "
         f"To have some made again, say it: {flags}."
     )
+    return f"{said} {_TUNED_ELSEWHERE}" if "tuned" in lost else said
 
 
 def _places(folder: Path, sources: dict[str, Any], given: Mapping[str, Path]) -> dict[str, Path]:
@@ -342,11 +349,12 @@ def _place(folder: Path, role: str, source: dict[str, Any], given: Path | None) 
     if place is not None and os.path.isdir(place):  # noqa: PTH112 - as in `_is_file`
         return place
     where = "is not told" if place is None else f"was {given or source['path']!s}, where no folder is now"
+    remedy = f"Say where it lies: --{role} FOLDER."
     raise InvalidInput(
         f"The place of the {role} model {source['name']!r} {where}",
         code="source_not_found",
         param=role,
-        hint=f"Say where it lies: --{role} FOLDER.",
+        hint=f"{remedy} {_TUNED_ELSEWHERE}" if role == "tuned" else remedy,
     )
 
 

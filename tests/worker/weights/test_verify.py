@@ -129,6 +129,20 @@ def test_a_folder_that_does_not_say_where_its_sources_lie_is_checked_by_its_file
     assert told.tensors > 0
 
 
+def test_it_is_said_that_the_tuned_weights_of_a_job_cannot_be_had(published):
+    """What full tuning made is not published, and its delta is another source."""
+    said = verify(published / "out").unmade
+    save_delta(base=published / "base", tuned=published / "tuned", out=published / "delta")
+    with pytest.raises(InvalidInput, match="without a source 'delta'") as other:
+        verify(published / "out", sources={"delta": published / "delta"})
+    with pytest.raises(InvalidInput, match="'tuned' is not told") as missing:
+        verify(published / "out", everything=True, sources={role: published / role for role in ("base", "instruct")})
+    graft(instruct=published / "instruct", delta=SavedDelta(published / "delta"), out=published / "later")
+    for words in (said, other.value.hint, missing.value.hint):
+        assert "A job does not publish the weights that it tuned" in words
+    assert "A job" not in verify(published / "later").unmade
+
+
 def test_a_changed_byte_needs_no_sources(published):
     (published / "out" / "tokenizer.json").write_text("[]")
     found = verify(published / "out")
