@@ -279,6 +279,19 @@ def plan_saved(instruct: Checkpoint, delta: Checkpoint, *, selection: Selection 
     return plan_graft(comparable, delta, selection=selection, words=("instruct", "the delta"))
 
 
+def plan_tuning(base: Checkpoint, tuned: Checkpoint) -> GraftPlan:
+    """Where the tuned base has each float tensor of base. PairRefused: as for `plan_graft`.
+
+    Those that float32 does not hold are looked at by nobody: where a graft asks for one, its own plan refuses it.
+    """
+    foreign = {name for name, info in base.tensors.items() if info.is_float and info.dtype not in GRAFTABLE}
+    left, right = (
+        replace(one, tensors={name: info for name, info in one.tensors.items() if name not in foreign})
+        for one in (base, tuned)
+    )
+    return plan_graft(left, right, selection=Selection("all"), words=("base", "tuned base"))
+
+
 def is_linear(name: str) -> bool:
     """Whether the tensor is a weight or bias of a linear in a layer of the language model, an expert's among them.
 

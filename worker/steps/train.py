@@ -71,6 +71,7 @@ from worker.steps.train_points import (
 )
 from worker.steps.train_watch import EpochKeeper, SoFar, Watcher
 from worker.weights.special_rows import StartRows, row_numbers, rows_for_untrained
+from worker.weights.tied_heads import refuse_untied_folders
 from worker.workspace import Workspace
 
 # TRL reports every trainer that is made to its makers unless told not to; a customer's run is nobody's business.
@@ -108,6 +109,9 @@ class Plan:
 
 def main(workspace: Workspace, progress: ProgressWriter) -> dict[str, Any]:
     spec, conditions = workspace.spec(), conditions_of(workspace)
+    # A pair whose weights came after its admission has been looked at by its headers alone.
+    start = {"base": workspace.base} if spec.tunes_base else {}
+    refuse_untied_folders({"instruct": workspace.instruct, **start})
     point = find_point(workspace, spec)
     so_far = restore(workspace) if point else SoFar()
     chat = ChatText.load(workspace.instruct, base=workspace.base if spec.tunes_base else None)

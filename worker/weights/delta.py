@@ -19,7 +19,7 @@ import numpy as np
 from core.adapter_plan import AdapterPlan, LowRank, Replacement, plan_adapter
 from core.checkpoints import Checkpoint, TensorInfo, read_adapter, read_checkpoint, read_delta
 from core.errors import PairRefused
-from core.graft_plan import GraftPlan, Selection, listed, plan_graft, plan_saved
+from core.graft_plan import GraftPlan, Selection, listed, plan_graft, plan_saved, plan_tuning
 from worker.weights import kernels, tensors
 from worker.weights.arithmetic import Change
 from worker.weights.kernels import Array
@@ -119,7 +119,7 @@ class FullDelta:
         if self.base.samefile(self.tuned):
             raise PairRefused(["base and tuned base are one folder, so that there is no change to graft"])
         plan = plan_graft(instruct, base, selection=selection)
-        tuning = plan_graft(base, tuned, selection=Selection("all"), words=("base", "tuned base"))
+        tuning = plan_tuning(base, tuned)
         _refuse_untold(plan, tuning)
         rows = read_start_rows(self.tuned)
         require_fitting_rows(rows, base, self.tuned)

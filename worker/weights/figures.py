@@ -159,7 +159,9 @@ def module_of(name: str) -> str:
 def remedy(kind: Literal["full", "lora", "delta"], output_dtype: str) -> str:
     """What helps where the fidelity is low."""
     whole = (
-        "the unmerged adapter, loaded on the instruct model" if kind == "lora" else "the delta kept as files of its own"
+        "the unmerged adapter, loaded on the instruct model"
+        if kind == "lora"
+        else "the delta kept as files of its own (a job's `publish.delta`, `--delta-out` of `shadowft graft`)"
     )
     wider = "" if output_dtype == "float32" else "an output in float32, or "
     return f"The rest is lost to rounding in the output's dtype; {wider}{whole}, keeps all of it."

@@ -7,10 +7,12 @@ usually stores its embedding alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import NamedTuple
 
-from core.checkpoints import CONFIG_FILE, Checkpoint, TensorInfo
+from core.checkpoints import CONFIG_FILE, Checkpoint, TensorInfo, read_checkpoint
 from core.errors import PairRefused
 from core.graft_plan import embedding, head, is_tied
 from worker.weights.tensors import Reader
@@ -36,6 +38,13 @@ def refuse_untied_heads(models: Iterable[Model]) -> None:
     found = untied_heads(models)
     if found:
         raise PairRefused([f"{one}; {UNTIED_REMEDY}" for one in found])
+
+
+def refuse_untied_folders(folders: Mapping[str, Path]) -> None:
+    """The same for models in folders, each by what a refusal calls it."""
+    with ExitStack() as stack:
+        readers = {word: stack.enter_context(closing(Reader(folder))) for word, folder in folders.items()}
+        refuse_untied_heads(Model(word, read_checkpoint(folders[word]), reader) for word, reader in readers.items())
 
 
 def untied_heads(models: Iterable[Model]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
 
-from core.errors import InvalidDataset, InvalidInput, StepFailed
+from core.errors import InvalidDataset, InvalidInput, PairRefused, StepFailed
 from core.job_spec import ModelSource
 from tests.worker.steps import tiny
 from worker.chat_text import split_rows
@@ -295,6 +296,18 @@ def test_cut_and_dropped_rows_are_warned_of(models, tmp_path):
 def test_rows_without_an_answer_in_reach_are_refused(models, tmp_path):
     with pytest.raises(InvalidDataset, match="within 4 tokens"):
         run(tmp_path, models, max_length=4)
+
+
+def test_a_base_that_is_said_to_be_tied_and_is_not_is_refused_before_a_step(models, tmp_path):
+    """Weights that come after a job's admission were judged by their headers."""
+    shutil.copytree(models, tmp_path / "pair")
+    file = tmp_path / "pair" / "base" / "model.safetensors"
+    tensors = load_file(file)
+    head = {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
+    save_file(tensors | head, file, metadata={"format": "pt"})
+    with pytest.raises(PairRefused, match="base ties its head") as refusal:
+        run(tmp_path / "job", tmp_path / "pair")
+    assert len(refusal.value.reasons) == 1
 
 
 def test_a_base_that_lacks_the_chat_marks_rows_is_refused(models, tmp_path):

@@ -159,6 +159,18 @@ def test_a_quantised_model_is_refused(models):
         run(models)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("selection", [Selection(), Selection("all", exclude=("*.extra",))], ids=str)
+def test_what_float32_does_not_hold_is_copied_where_nobody_grafts_it(tmp_path, dtype, selection):
+    extra = {"model.layers.0.extra": torch.ones(4).to(dtype)}
+    for value, role in enumerate(ROLES):
+        save_model(tmp_path / role, {Q: torch.full((4, 4), float(value))} | extra)
+    run(tmp_path, selection=selection)
+    out = load_model(tmp_path / "out")
+    assert torch.equal(out[Q], torch.full((4, 4), 3.0))
+    assert out["model.layers.0.extra"].dtype == dtype
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
 def test_a_dtype_that_float32_does_not_hold_is_refused(tmp_path, dtype):
     for role in ROLES:

@@ -129,7 +129,7 @@ def test_small_files_are_carried_and_other_weights_are_not(pair):
 
 def test_a_small_file_that_is_a_link_to_nothing_is_refused(pair):
     (pair / "instruct" / "chat_template.jinja").symlink_to(pair / "nowhere")
-    with pytest.raises(InvalidInput, match="chat_template.jinja"):
+    with pytest.raises(InvalidInput, match=r"chat_template\.jinja"):
         run(pair)
     assert {path.name for path in pair.iterdir()} == SOURCES
     (pair / "instruct" / "chat_template.jinja").unlink()
