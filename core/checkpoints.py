@@ -40,18 +40,8 @@ DELTA_INDEX_FILE = "delta.safetensors.index.json"
 #: The small files that belong to a model: configs, tokenizers, templates, licences; in any letter case. A list of what
 #: is taken and not of what is left out, since pickles come under ever new names.
 _SMALL_SUFFIXES = (
-    ".json",
-    ".jinja",
-    ".txt",
-    ".model",
-    ".tiktoken",
-    ".spm",
-    ".vocab",
-    ".bpe",
-    ".md",
-    ".yaml",
-    ".yml",
-    ".html",
+    *(".json", ".jinja", ".txt", ".model", ".tiktoken", ".spm", ".vocab", ".bpe"),
+    *(".md", ".html", ".yaml", ".yml"),
 )
 #: Whatever follows, such as `LICENSE-2.0`, `LICENSE_GEMMA`, `tokenizer.model.v3`.
 _SMALL_PREFIXES = (
