@@ -349,7 +349,9 @@ def soak(database: str, broker: str, seconds: float, seed: int) -> dict[str, Any
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         disk = None
-        with suppress(pytest.skip.Exception):  # the line that is printed says so
+        with suppress(
+            pytest.skip.Exception
+        ):  # then nothing fills up, and `faults_not_possible_here` of the printed line says so
             disk = stack.enter_context(small_disk(folder / "disk", DISK))
         postgres = PostgresServer() if database == "postgresql" else None
         redis = RedisServer() if broker == "redis" else None

@@ -115,7 +115,7 @@ def test_a_slow_database_costs_no_lease(on_servers, tmp_path):
         (job_id,) = service.submit(steps=300, seconds=0.2)
         service.wait_for_step(job_id)
         line.delay = 2.0
-        time.sleep(90)
+        time.sleep(1.5 * float(patient["lease_seconds"]))  # one that nobody renewed meanwhile would have ended
         line.delay = 0.0
         service.wait([job_id], seconds=90)
         check(service)

@@ -280,14 +280,19 @@ def test_other_rows_are_another_graft(tmp_path):
     assert "start_rows" not in json.loads((tmp_path / "unpatched" / "shadow.json").read_text())
 
 
-def test_an_adapters_graft_names_the_rows_and_is_not_changed_by_them(tmp_path):
-    RECIPE.write(tmp_path)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2}))
+def write_lora(folder: Path) -> Path:
+    """An adapter of one linear."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2}))
     module = "base_model.model.model.layers.0.self_attn.q_proj"
     factors = {f"{module}.lora_A.weight": torch.ones(1, 4), f"{module}.lora_B.weight": torch.ones(4, 1)}
-    save_file(factors, adapter / ADAPTER_FILE)
+    save_file(factors, folder / ADAPTER_FILE)
+    return folder
+
+
+def test_an_adapters_graft_names_the_rows_and_is_not_changed_by_them(tmp_path):
+    RECIPE.write(tmp_path)
+    adapter = write_lora(tmp_path / "adapter")
     for out in ("before", "after"):
         graft(instruct=tmp_path / "instruct", delta=LoraDelta(adapter), out=tmp_path / out)
         save_start_rows(adapter, {EMBEDDING: {3: np.ones(4, np.float32)}, HEAD: {3: np.ones(4, np.float32)}})
@@ -328,12 +333,7 @@ def test_an_adapters_vocabulary_is_measured_from_the_same_start(tmp_path, dora):
 @pytest.mark.parametrize("tensor", ["model.other.weight", "model.norm.weight", "lm_head.bias"])
 def test_an_adapters_rows_must_be_rows_of_a_vocabulary(tmp_path, tensor, with_base):
     RECIPE.write(tmp_path)
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 2}))
-    module = "base_model.model.model.layers.0.self_attn.q_proj"
-    factors = {f"{module}.lora_A.weight": torch.ones(1, 4), f"{module}.lora_B.weight": torch.ones(4, 1)}
-    save_file(factors, adapter / ADAPTER_FILE)
+    adapter = write_lora(tmp_path / "adapter")
     save_start_rows(adapter, {tensor: {1: np.ones(4, np.float32)}})
     delta = LoraDelta(adapter, tmp_path / "base" if with_base else None)
     with pytest.raises(InvalidInput, match=f"adapter/{START_ROWS_FILE} holds {tensor}/1, which is no row"):
